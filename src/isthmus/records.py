@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Callable, Iterable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
@@ -55,16 +55,19 @@ def check_fields(record: Any, error: type[IsthmusError] = SpecError) -> None:
             raise error(f"{name} is {value!r}; it must be {words}")
 
 
-def to_dict(record: Any) -> dict[str, Any]:
-    """Plain values of a record: nested records as dicts, tuples as lists, None left out."""
+def to_dict(record: Any, *, defaults: bool = True) -> dict[str, Any]:
+    """Plain values of a record: nested records as dicts, tuples as lists, None (and at wish defaults) left out."""
 
     def plain(value: Any) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
-            return to_dict(value)
+            return to_dict(value, defaults=defaults)
         return [plain(item) for item in value] if isinstance(value, tuple) else value
 
     values = {field.name: getattr(record, field.name) for field in fields(record)}
-    return {name: plain(value) for name, value in values.items() if value is not None}
+    usual = {} if defaults else {field.name: field.default for field in fields(record)}
+    return {
+        name: plain(value) for name, value in values.items() if value is not None and value != usual.get(name, MISSING)
+    }
 
 
 def from_dict(cls: type[T], values: Any, error: type[IsthmusError] = SpecError, where: str = "") -> T:
@@ -148,8 +151,10 @@ def override(record: T, settings: Iterable[str], error: type[IsthmusError] = Spe
             if key not in known or not isinstance(target[key], dict | list):
                 raise error(f"setting {setting!r}: there is no {part!r}; known: {', '.join(map(str, known))}")
             target = target[key]
-        if isinstance(target, list) or (last not in target and (target is not values or last not in hints)):
-            raise error(f"setting {setting!r}: there is no {last!r}; known: {', '.join(map(str, target))}")
+        if isinstance(target, list):
+            raise error(f"setting {setting!r}: name a field of the row too, e.g. {path}.mid=32")
+        if last not in target and (target is not values or last not in hints):
+            raise error(f"setting {setting!r}: there is no {last!r}; known: {', '.join(target)}")
         try:
             target[last] = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

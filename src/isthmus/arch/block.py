@@ -13,7 +13,7 @@ from isthmus.errors import ShortcutError, SpecError
 __all__ = ["Activation", "AntiAlias", "Attention", "BlockKind", "BlockSpec", "Layer", "Norm", "Shortcut", "projection"]
 
 BlockKind = Literal["bottleneck", "basic", "preact_bottleneck"]
-Shortcut = Literal["none", "identity", "pad", "conv1", "conv3", "avg", "maxpool"]
+Shortcut = Literal["none", "identity", "pad", "conv1", "conv3", "avg", "maxpool", "custom"]
 Norm = Literal["batch", "group", "none"]
 Activation = Literal["relu", "silu"]
 Attention = Literal["none", "se", "eca"]
@@ -70,7 +70,7 @@ def projection(
 
     `conv1` is He et al. 2015 option B, `pad` option A; `avg` is He et al. 2018 (ResNet-D); `conv3` is SENet-154's.
     """
-    if kind in ("none", "identity"):
+    if kind in ("none", "identity", "custom"):
         return ()
     if kind == "pad":
         return (Layer("downsample", "pad", in_channels, out_channels, stride=stride),)
@@ -109,7 +109,8 @@ class BlockSpec:
 
     bottleneck: 1×1 `in`→`reduce`, 3×3 `reduce`→`mid`, 1×1 `mid`→`out` (He et al. 2015, fig. 5 right);
     basic: 3×3 `in`→`mid`, 3×3 `mid`→`out` (fig. 5 left); preact_bottleneck: norm and activation before each
-    convolution (He et al. 2016). A `kind` outside these three is a caller's own block.
+    convolution (He et al. 2016). A `kind` outside these three is a caller's own block, and the shortcut `custom` a
+    caller's own module; neither has layers on paper.
     """
 
     kind: str

@@ -120,7 +120,10 @@ class NetSpec:
         check(0 <= self.drop_path < 1, f"drop_path is {self.drop_path}; it must lie in [0, 1)")
         check(0 < self.attention_ratio <= 1, f"attention_ratio is {self.attention_ratio}; it must lie in (0, 1]")
         check(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be above 0")
-        check(self.shortcut != "identity", "shortcut 'identity' cannot change a shape; name the kind that does")
+        check(
+            self.shortcut not in ("identity", "custom"),
+            f"shortcut is {self.shortcut!r}; name a kind that can change a shape, such as conv1",
+        )
         check(
             self.stem.pool == "max" or self.anti_alias == "none",
             f"stem.pool is {self.stem.pool!r}; with anti-aliasing it must be 'max', which the filter then replaces",
@@ -157,8 +160,8 @@ class NetSpec:
         return replace(self, stages=tuple(stages))
 
     def to_toml(self) -> str:
-        """The network as a TOML document, stages as a table of rows."""
-        return records.to_toml(records.to_dict(self))
+        """The network as a TOML document: a row a stage, and what departs from the defaults."""
+        return records.to_toml(records.to_dict(self, defaults=False))
 
     @classmethod
     def from_toml(cls, text: str) -> Self:
