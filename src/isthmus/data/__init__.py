@@ -1,0 +1,1 @@
+"""Pictures to batches: sources, decoding, augmentation, order, loading."""

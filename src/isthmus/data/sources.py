@@ -1,0 +1,268 @@
+"""Where labelled pictures come from: class folders, a CSV table, the ELPV demo set."""
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from csv import DictReader
+from csv import Error as CsvError
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import NoReturn, Self
+
+from isthmus.data.order import stratified_split
+from isthmus.data.transform import extensions
+from isthmus.errors import DataError, MissingExtraError
+
+__all__ = ["DataSet", "Pictures", "csv", "elpv", "elpv_pictures", "folder", "list_pictures", "open_data"]
+
+_VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists validates
+_ELPV_SPLITS = Path(__file__).with_name("elpv_splits.json")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pictures:
+    """Picture files, the label of each as a place in `classes`, and the classes' names."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]
+    classes: tuple[str, ...]
+
+    @classmethod
+    def unlabelled(cls, paths: Iterable[Path]) -> Self:
+        """Pictures to predict: no classes, every label -1."""
+        found = tuple(paths)
+        return cls(paths=found, labels=(-1,) * len(found), classes=())
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def subset(self, indices: Iterable[int]) -> "Pictures":
+        """The pictures at these places, in this order, with the same classes."""
+        chosen = tuple(indices)
+        return Pictures(
+            paths=tuple(self.paths[index] for index in chosen),
+            labels=tuple(self.labels[index] for index in chosen),
+            classes=self.classes,
+        )
+
+    def counts(self) -> dict[str, int]:
+        """Class name -> number of pictures, in the order of the classes, zeros included."""
+        seen = Counter(self.labels)
+        return {name: seen[label] for label, name in enumerate(self.classes)}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataSet:
+    """Pictures to train on and pictures to validate on, of the same classes; `name` is what the user asked for.
+
+    Raises DataError when there are fewer than two classes, or when a side lacks a class.
+    """
+
+    name: str
+    train: Pictures
+    val: Pictures
+
+    def __post_init__(self) -> None:
+        train, val = ({name for name, count in side.counts().items() if count} for side in (self.train, self.val))
+        if train != val:
+            raise DataError(
+                f"{self.name}: the classes of train and val differ (only in train: {sorted(train - val)}; "
+                f"only in val: {sorted(val - train)}); give both sides pictures of every class"
+            )
+        if len(self.classes) < 2:
+            raise DataError(f"{self.name} has one class, {list(self.classes)}; telling classes apart needs two or more")
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the labels."""
+        return self.train.classes
+
+
+def open_data(ref: str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
+    """The data set that a user names: "elpv", "elpv:3" (its split 3), a .csv file, or a folder (./elpv, if need be).
+
+    A source that comes undivided is split by class: `val_fraction` of each class validates, `seed` says which.
+    Raises DataError saying what is wrong with it and how to mend it.
+    """
+    name, _, split = ref.partition(":")
+    if name == "elpv" and split:
+        return elpv(int(split) if split.isdecimal() else -1, name=ref)
+    if name == "elpv":
+        return _divided(ref, elpv_pictures(), val_fraction, seed)
+    opener = csv if ref.lower().endswith(".csv") else folder
+    return opener(Path(ref).expanduser(), val_fraction=val_fraction, seed=seed)
+
+
+def folder(root: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
+    """A folder with a folder for each class; or with `train` and `val` (valid, validation, test) that hold these.
+
+    Pictures may lie at any depth below their class; hidden files and other files are left out.
+    """
+    root = Path(root)
+    inner = {path.name.casefold(): path for path in _folders(root)}
+    if "train" not in inner:
+        return _divided(str(root), _class_folders(root), val_fraction, seed)
+    val = next((inner[name] for name in _VAL_FOLDERS if name in inner), None)
+    if val is None:
+        return _divided(str(root), _class_folders(inner["train"]), val_fraction, seed)
+    return _paired(str(root), _class_folders(inner["train"]), _class_folders(val))
+
+
+def csv(path: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
+    """A table with the columns path, label and, where it is divided already, split (train or val) in its first line.
+
+    Paths are relative to the table's folder. Raises DataError naming the file and line of what does not fit.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = DictReader(file)
+            columns = reader.fieldnames or []
+            rows = [(reader.line_num, row) for row in reader]
+    except (OSError, UnicodeDecodeError, CsvError) as error:
+        raise DataError(f"{path} cannot be read as a UTF-8 CSV table: {error}") from error
+    missing = [name for name in ("path", "label") if name not in columns]
+    if missing:
+        raise DataError(f"{path} has the columns {list(columns)} and lacks {missing}; its first line must name them")
+    if not rows:
+        raise DataError(f"{path} has no rows below its first line; give one row a picture")
+
+    first: dict[Path, int] = {}
+    for line, row in rows:
+        picture = path.parent / (row["path"] or "").strip()
+        if not (row["label"] or "").strip():
+            raise DataError(f"{path}, line {line}: the label is empty; name the class of the picture")
+        if not picture.is_file():
+            raise DataError(f"{path}, line {line}: there is no file {picture}; paths start at the table's folder")
+        if first.setdefault(picture, line) != line:
+            raise DataError(f"{path}, line {line}: {picture} is also in line {first[picture]}; keep one of the two")
+        if "split" in columns and row["split"] not in ("train", "val"):
+            raise DataError(f"{path}, line {line}: split is {row['split']!r}; it must be train or val")
+
+    pictures = _named(first, [row["label"].strip() for _, row in rows])
+    if "split" not in columns:
+        return _divided(str(path), pictures, val_fraction, seed)
+    sides = [row["split"] for _, row in rows]
+    train, val = ([index for index, side in enumerate(sides) if side == name] for name in ("train", "val"))
+    return DataSet(name=str(path), train=pictures.subset(train), val=pictures.subset(val))
+
+
+def elpv(split: int = 0, *, name: str | None = None) -> DataSet:
+    """The ELPV solar cells (Buerhop-Lutz et al. 2018) in one of ten listed 75/25 splits, stratified by class.
+
+    `elpv_splits.json` lists the test places of each; split s is what `stratified_split` makes of seed s.
+    """
+    listed: list[list[int]] = json.loads(_ELPV_SPLITS.read_text())["test"]
+    if not 0 <= split < len(listed):
+        raise DataError(f"elpv has the splits 0..{len(listed) - 1}; elpv:0 is the first one")
+    pictures = elpv_pictures()
+    val = set(listed[split])
+    train = [index for index in range(len(pictures)) if index not in val]
+    return DataSet(name=name or f"elpv:{split}", train=pictures.subset(train), val=pictures.subset(listed[split]))
+
+
+def elpv_pictures() -> Pictures:
+    """All 2,624 cells (300 x 300, grey); `defective` where the experts' defect probability is above 0.5.
+
+    The package is found, not imported: its import reads every picture. Raises MissingExtraError without it.
+    """
+    try:
+        table = Path(str(distribution("elpv-dataset").locate_file("elpv_dataset/data/labels.csv")))
+    except PackageNotFoundError as error:
+        raise MissingExtraError("elpv-dataset", "demo") from error
+    try:
+        rows = [line.split() for line in table.read_text().splitlines()]
+    except OSError as error:
+        raise DataError(f"{table} cannot be read: {error.strerror}; reinstall elpv-dataset") from error
+    names = ["defective" if float(probability) > 0.5 else "functional" for _, probability, _ in rows]
+    return _named([table.parent / path for path, _, _ in rows], names)
+
+
+def list_pictures(*paths: Path | str) -> tuple[Path, ...]:
+    """The pictures to predict: files as they are named, folders searched at any depth, each picture once.
+
+    Raises DataError for a path that does not exist and a folder without pictures.
+    """
+    found: dict[Path, None] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise DataError(f"{path} does not exist; name picture files or folders of pictures")
+        inside = _pictures_below(path) if path.is_dir() else [path]
+        if not inside:
+            raise DataError(f"{path} holds no pictures; what is looked for: {' '.join(sorted(extensions()))}")
+        found.update(dict.fromkeys(inside))
+    return tuple(found)
+
+
+def _named(paths: Iterable[Path], names: Sequence[str]) -> Pictures:
+    classes = tuple(sorted(set(names), key=_natural))
+    places = {name: label for label, name in enumerate(classes)}
+    return Pictures(paths=tuple(paths), labels=tuple(places[name] for name in names), classes=classes)
+
+
+def _divided(name: str, pictures: Pictures, fraction: float, seed: int) -> DataSet:
+    lonely = [name for name, count in pictures.counts().items() if count == 1]
+    if lonely:
+        raise DataError(
+            f"{name}: the classes {lonely} have 1 picture; give them 2 or more: train and val need one each"
+        )
+    train, val = stratified_split(pictures.labels, fraction, seed)
+    return DataSet(name=name, train=pictures.subset(train), val=pictures.subset(val))
+
+
+def _paired(name: str, train: Pictures, val: Pictures) -> DataSet:
+    """Both sides under one list of classes, so that a class on one side only is seen as such."""
+    names = [side.classes[label] for side in (train, val) for label in side.labels]
+    both = _named(train.paths + val.paths, names)
+    cut = len(train)
+    return DataSet(name=name, train=both.subset(range(cut)), val=both.subset(range(cut, len(both))))
+
+
+def _class_folders(root: Path) -> Pictures:
+    loose = [path for path in root.iterdir() if path.is_file() and _is_picture(path.name)]
+    classes = sorted(_folders(root), key=lambda path: _natural(path.name))
+    if not classes:
+        raise DataError(f"{root} has no class folders; put the pictures of each class into a folder named after it")
+    if loose:
+        raise DataError(
+            f"{root} has {len(loose)} pictures beside its class folders ({loose[0].name}); move them into one"
+        )
+    inside = {path: _pictures_below(path) for path in classes}
+    empty = [path.name for path, pictures in inside.items() if not pictures]
+    if empty:
+        raise DataError(f"{root}: the class folders {empty} hold no pictures; fill them or remove them")
+    names = [path.name for path, pictures in inside.items() for _ in pictures]
+    return _named([picture for pictures in inside.values() for picture in pictures], names)
+
+
+def _folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        found = "is a file" if root.exists() else "does not exist"
+        raise DataError(f"{root} {found}; name a folder of class folders, a .csv table, or elpv")
+    return [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
+
+
+def _pictures_below(root: Path) -> list[Path]:
+    """Every picture at any depth, in natural order; hidden files and folders are left out."""
+    found: list[Path] = []
+    for place, inner, names in os.walk(root, onerror=_unreadable):
+        inner[:] = [name for name in inner if not name.startswith(".")]
+        found += [Path(place, name) for name in names if _is_picture(name)]
+    return sorted(found, key=lambda path: [_natural(part) for part in path.relative_to(root).parts])
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+
+
+def _is_picture(name: str) -> bool:
+    return not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions()  # noqa: PTH122 - per file
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """Sorts cell2 before cell10; the name itself decides between equals."""
+    parts = re.split(r"(\d+)", name.casefold())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

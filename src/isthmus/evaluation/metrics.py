@@ -1,0 +1,136 @@
+"""How good predictions are: sums and counts that add up, divided once at the end."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from isthmus.errors import DataError
+
+__all__ = ["ClassScore", "Tally"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassScore:
+    """One class: the part of its predictions that are right, the part of its pictures found, and how many these are.
+
+    A ratio without a denominator (never predicted, no pictures) is 0, as scikit-learn's with zero_division=0.
+    """
+
+    name: str
+    precision: float
+    recall: float
+    support: int
+
+
+class Tally:
+    """Confusion counts (true class, predicted class), the sum of cross-entropies, and the hits among the best five.
+
+    Sums live on the device of the first batch and are read only when asked, so that `add` never waits for it.
+    Partial tallies add up (`+`) to the tally of the whole, whatever the parts' sizes.
+    """
+
+    def __init__(self, classes: tuple[str, ...]) -> None:
+        self.classes = classes
+        self._counts = torch.zeros(len(classes) ** 2, dtype=torch.int64)
+        self._loss = torch.zeros((), dtype=torch.float64)
+        self._top5 = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch of logits (N, classes) and labels (N,); raises DataError when the shapes do not fit."""
+        classes = len(self.classes)
+        if logits.ndim != 2 or logits.shape[1] != classes or labels.shape != logits.shape[:1]:
+            raise DataError(
+                f"logits {tuple(logits.shape)} and labels {tuple(labels.shape)} do not fit {classes} classes; "
+                f"they must be (N, {classes}) and (N,)"
+            )
+        self._to(logits.device)
+        places = labels * classes + logits.argmax(1)
+        self._counts.index_add_(0, places, torch.ones_like(places))
+        self._loss += functional.cross_entropy(logits.float(), labels, reduction="none").to(self._loss.dtype).sum()
+        if classes >= 5:
+            self._top5 += (logits.topk(5, dim=1).indices == labels[:, None]).sum()
+
+    def _to(self, device: torch.device) -> None:
+        if self._counts.device != device:
+            self._counts, self._top5 = self._counts.to(device), self._top5.to(device)
+            self._loss = self._loss.to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+    def __add__(self, other: "Tally") -> "Tally":
+        """The tally of both; raises DataError when their classes differ."""
+        if self.classes != other.classes:
+            raise DataError(f"tallies over {self.classes} and {other.classes} cannot be added; the classes must agree")
+        total = Tally(self.classes)
+        total._counts = self._counts.cpu() + other._counts.cpu()
+        total._loss = self._loss.cpu().double() + other._loss.cpu().double()
+        total._top5 = self._top5.cpu() + other._top5.cpu()
+        return total
+
+    @property
+    def confusion(self) -> Tensor:
+        """Pictures by true class (rows) and predicted class (columns): int64 (classes, classes) on the CPU."""
+        return self._counts.cpu().view(len(self.classes), len(self.classes))
+
+    @property
+    def seen(self) -> int:
+        """Pictures counted."""
+        return int(self._counts.sum())
+
+    @property
+    def correct(self) -> int:
+        """Pictures whose first guess is right."""
+        return int(self.confusion.trace())
+
+    def _mean(self, total: float) -> float:
+        if not self.seen:
+            raise DataError("no picture was evaluated, so there is no score; add at least one")
+        return total / self.seen
+
+    @property
+    def accuracy(self) -> float:
+        """The part of all pictures whose first guess is right; raises DataError when nothing was counted."""
+        return self._mean(self.correct)
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy of a picture, in nats."""
+        return self._mean(float(self._loss))
+
+    def top(self, k: int) -> float | None:
+        """The part of pictures whose class is among the first `k` guesses, k 1 or 5; None for 5 of fewer classes."""
+        if k not in (1, 5):
+            raise DataError(f"top-{k} is not counted; ask for 1 or 5")
+        if k == 1:
+            return self.accuracy
+        return self._mean(int(self._top5)) if len(self.classes) >= 5 else None
+
+    @property
+    def balanced_accuracy(self) -> float:
+        """Mean recall of the classes that occur."""
+        occurring = [row.recall for row in self.per_class() if row.support]
+        return sum(occurring) / len(occurring) if occurring else self._mean(0)
+
+    def per_class(self) -> list[ClassScore]:
+        """One row a class, in the order of the classes."""
+        table = self.confusion
+        hits, support, predicted = table.diagonal().tolist(), table.sum(1).tolist(), table.sum(0).tolist()
+        return [
+            ClassScore(name=name, precision=hit / max(guesses, 1), recall=hit / max(pictures, 1), support=pictures)
+            for name, hit, guesses, pictures in zip(self.classes, hits, predicted, support, strict=True)
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every score as plain values, ready for JSON."""
+        five = self.top(5)
+        return {
+            "pictures": self.seen,
+            "loss": self.loss,
+            "accuracy": self.accuracy,
+            **({} if five is None else {"top5": five}),
+            "balanced_accuracy": self.balanced_accuracy,
+            "per_class": [asdict(row) for row in self.per_class()],
+            "confusion": self.confusion.tolist(),
+        }

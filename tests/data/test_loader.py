@@ -1,0 +1,190 @@
+"""The loader: every picture once, the same bits for any thread count, resumable, and its threads end."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from isthmus.arch.preprocess import Preprocess
+from isthmus.data.augment import Augment, augmented
+from isthmus.data.loader import Batch, Loader
+from isthmus.data.order import permutation, sample_generator
+from isthmus.data.sources import Pictures, list_pictures
+from isthmus.data.transform import decode, evaluation_transform
+from isthmus.errors import DataError
+
+RECORD = Preprocess(resize=10, crop=8)
+AUGMENT = Augment(vflip=True, rotate90=True)
+
+
+@pytest.fixture
+def pictures(make) -> Pictures:
+    paths = list_pictures(make("set", {"a": 12, "b": 11}))
+    return Pictures(paths=paths, labels=(0,) * 12 + (1,) * 11, classes=("a", "b"))
+
+
+def training(pictures: Pictures, **options) -> Loader:
+    defaults = {"batch_size": 4, "train": True, "augment": AUGMENT, "threads": 2}
+    return Loader(pictures=pictures, record=RECORD, **{**defaults, **options})
+
+
+def evaluating(pictures: Pictures, **options) -> Loader:
+    return Loader(pictures=pictures, record=RECORD, **{"batch_size": 4, "train": False, "threads": 2, **options})
+
+
+def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
+    assert [batch.step for batch in ours] == [batch.step for batch in theirs]
+    for one, two in zip(ours, theirs, strict=True):
+        assert torch.equal(one.images, two.images)
+        assert torch.equal(one.labels, two.labels)
+        assert torch.equal(one.indices, two.indices)
+
+
+def decoding_threads() -> int:
+    return sum(thread.name.startswith("isthmus-decode") for thread in threading.enumerate())
+
+
+def test_evaluation_sees_every_picture_once_in_order(pictures):
+    batches = list(evaluating(pictures).epoch(0))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(23))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == list(pictures.labels)
+    assert [len(batch.images) for batch in batches] == [4, 4, 4, 4, 4, 3]
+    transform = evaluation_transform(RECORD)
+    for batch in batches:
+        for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+            assert torch.equal(image, transform(decode(pictures.paths[index])))
+
+
+def test_batches_are_uint8_channels_last(pictures):
+    batch = next(evaluating(pictures).epoch(0))
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.shape == (4, 3, 8, 8)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    grey = Preprocess(resize=8, crop=8, channels="L", mean=(0.5,), std=(0.5,))
+    assert next(Loader(pictures=pictures, record=grey, batch_size=2, train=False).epoch(0)).images.shape == (2, 1, 8, 8)
+
+
+def test_training_order_and_augmentation_are_arithmetic(pictures):
+    batches = list(training(pictures, seed=3).epoch(5))
+    indices = torch.cat([batch.indices for batch in batches]).tolist()
+    assert indices == permutation(23, 3, 5)[:20].tolist()
+    images = torch.cat([batch.images for batch in batches])
+    for image, index in zip(images, indices, strict=True):
+        random = sample_generator(3, 5, index)
+        assert torch.equal(image, augmented(decode(pictures.paths[index]), AUGMENT, RECORD, random))
+
+
+def test_epochs_differ(pictures):
+    loader = training(pictures)
+    first, second = next(loader.epoch(0)), next(loader.epoch(1))
+    assert not torch.equal(first.indices, second.indices)
+
+
+@pytest.mark.parametrize("threads", [1, 3, 8])
+@pytest.mark.parametrize("start", [0, 2, 4, 5])
+def test_starting_at_a_step_equals_skipping_to_it(pictures, threads, start):
+    whole = list(training(pictures, threads=1).epoch(2))
+    assert_same(list(training(pictures, threads=threads).epoch(2, start_step=start)), whole[start:])
+
+
+@pytest.mark.parametrize(("count", "batch_size", "sizes"), [(23, 4, [4] * 5), (9, 8, [8]), (3, 8, [3]), (8, 4, [4, 4])])
+def test_training_has_no_last_batch_of_one(pictures, count, batch_size, sizes):
+    loader = training(pictures.subset(range(count)), batch_size=batch_size)
+    assert [len(batch.images) for batch in loader.epoch(0)] == sizes
+    assert loader.steps == len(sizes)
+
+
+def test_impossible_loaders(pictures):
+    with pytest.raises(DataError, match="2 or more"):
+        training(pictures.subset([0]))
+    with pytest.raises(DataError, match="0 pictures"):
+        evaluating(pictures.subset([]))
+    with pytest.raises(DataError, match="batch size is 0"):
+        evaluating(pictures, batch_size=0)
+    with pytest.raises(DataError, match="step 7 of 6"):
+        evaluating(pictures).epoch(0, start_step=7)
+
+
+def test_an_unreadable_picture_is_named(pictures):
+    pictures.paths[13].write_bytes(b"no picture")
+    with pytest.raises(DataError, match="is not a picture") as raised:
+        list(evaluating(pictures).epoch(0))
+    assert str(pictures.paths[13]) in str(raised.value)
+    assert decoding_threads() == 0
+
+
+def test_an_unreadable_picture_can_be_skipped(pictures):
+    bad = [5, 8, 9, 10, 11]  # one in a batch, and a whole batch
+    for place in bad:
+        pictures.paths[place].write_bytes(b"")
+    loader = evaluating(pictures, on_error="skip")
+    batches = list(loader.epoch(0))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == [
+        place for place in range(23) if place not in bad
+    ]
+    assert [batch.step for batch in batches] == [0, 1, 3, 4, 5]
+    assert batches[1].images.is_contiguous(memory_format=torch.channels_last)
+    assert set(loader.unreadable) == {pictures.paths[place] for place in bad}
+    assert all("is empty" in reason for reason in loader.unreadable.values())
+    assert_same(list(evaluating(pictures, on_error="skip").epoch(0, start_step=2)), batches[2:])
+
+
+def test_training_leaves_no_batch_of_one_when_skipping(pictures):
+    few = pictures.subset(range(4))
+    for path in few.paths[1:]:
+        path.write_bytes(b"")
+    assert list(training(few, on_error="skip").epoch(0)) == []
+
+
+def test_nothing_readable_is_an_error(pictures):
+    for path in pictures.paths:
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of 23 pictures can be read"):
+        list(evaluating(pictures, on_error="skip").epoch(0))
+
+
+def test_threads_end_with_the_epoch_and_when_the_consumer_stops(pictures):
+    for _ in evaluating(pictures).epoch(0):
+        assert decoding_threads() > 0
+    assert decoding_threads() == 0
+    for _ in evaluating(pictures).epoch(0):
+        break
+    assert decoding_threads() == 0
+    batches = evaluating(pictures).epoch(0)
+    next(batches)
+    batches.close()
+    assert decoding_threads() == 0
+    with pytest.raises(ZeroDivisionError):
+        [1 / 0 for _ in evaluating(pictures).epoch(0)]
+    assert decoding_threads() == 0
+
+
+def test_look_ahead_is_bounded(pictures, monkeypatch):
+    many = pictures.subset([0] * 400)
+    started: list[int] = []
+    fill = Loader._fill
+    monkeypatch.setattr(Loader, "_fill", lambda self, *rest: (started.append(1), fill(self, *rest))[1])
+    batches = evaluating(many, threads=2).epoch(0)
+    next(batches)
+    batches.close()
+    assert len(started) <= 3 * 4
+
+
+def test_an_abandoned_epoch_does_not_hang_the_interpreter(pictures, tmp_path: Path):
+    code = (
+        "import sys\n"
+        "from isthmus.arch.preprocess import IMAGENET\n"
+        "from isthmus.data.loader import Loader\n"
+        "from isthmus.data.sources import Pictures, list_pictures\n"
+        "pictures = Pictures.unlabelled(list_pictures(sys.argv[1]))\n"
+        "batches = Loader(pictures=pictures, record=IMAGENET, batch_size=2, train=False).epoch(0)\n"
+        "print(next(batches).labels.tolist())\n"
+        "sys.stdout.flush()\n"
+    )
+    command = [sys.executable, "-W", "error", "-c", code, str(tmp_path / "set")]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[-1, -1]\n"
+    assert done.stderr == ""

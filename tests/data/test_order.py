@@ -1,0 +1,69 @@
+"""Order and random numbers: arithmetic, balanced, and the same forever."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from isthmus.data.order import permutation, sample_generator, stratified_folds, stratified_split
+from isthmus.errors import DataError
+
+LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(lambda few: few * 2)
+
+
+def test_permutation_holds_each_place_once_and_changes_with_seed_and_epoch():
+    orders = [permutation(1000, seed, epoch) for seed in (0, 1, -1) for epoch in (0, 1)]
+    assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
+    assert len({order.tobytes() for order in orders}) == len(orders)
+
+
+def test_order_is_the_same_forever():
+    assert permutation(8, 0, 0).tolist() == [1, 2, 3, 5, 0, 4, 7, 6]
+    assert permutation(8, 7, 3).tolist() == [6, 5, 2, 4, 3, 0, 7, 1]
+    assert sample_generator(1, 2, 3).random() == pytest.approx(0.06344102965932141, abs=1e-15)
+
+
+def test_samples_do_not_share_random_numbers():
+    drawn = {sample_generator(*key).random() for key in np.ndindex(3, 5, 40)}
+    assert len(drawn) == 3 * 5 * 40
+    assert sample_generator(1, 2, 3).random() == sample_generator(1, 2, 3).random()
+
+
+@given(LABELS, st.floats(0.01, 0.99), st.integers(0, 9))
+def test_split_keeps_each_class_share(labels, fraction, seed):
+    train, val = stratified_split(labels, fraction, seed)
+    assert sorted(train + val) == list(range(len(labels)))
+    assert (train, val) == (sorted(train), sorted(val))
+    for label in set(labels):
+        count, taken = labels.count(label), sum(labels[index] == label for index in val)
+        assert 1 <= taken < count
+        assert abs(taken - count * fraction) <= 0.5 or taken in (1, count - 1)
+
+
+@given(LABELS, st.integers(0, 9))
+def test_folds_are_even(labels, seed):
+    count = min(labels.count(label) for label in set(labels))
+    folds = stratified_folds(labels, count, seed)
+    assert sorted(index for fold in folds for index in fold) == list(range(len(labels)))
+    sizes = [len(fold) for fold in folds]
+    assert max(sizes) - min(sizes) <= 1
+    for label in set(labels):
+        shares = [sum(labels[index] == label for index in fold) for fold in folds]
+        assert max(shares) - min(shares) <= 1
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.2, 1.5])
+def test_impossible_fraction(fraction):
+    with pytest.raises(DataError, match="between 0 and 1"):
+        stratified_split([0, 0, 1, 1], fraction, 0)
+
+
+def test_a_class_of_one_cannot_be_split():
+    with pytest.raises(DataError, match="class 1 has 1 picture"):
+        stratified_split([0, 0, 1], 0.5, 0)
+
+
+@pytest.mark.parametrize("folds", [1, 3])
+def test_impossible_folds(folds):
+    with pytest.raises(DataError, match=r"ask for 2\.\.2"):
+        stratified_folds([0, 0, 0, 1, 1], folds, 0)
