@@ -99,12 +99,9 @@ class Tally:
         """Mean cross-entropy of a picture, in nats."""
         return self._mean(float(self._loss))
 
-    def top(self, k: int) -> float | None:
-        """The part of pictures whose class is among the first `k` guesses, k 1 or 5; None for 5 of fewer classes."""
-        if k not in (1, 5):
-            raise DataError(f"top-{k} is not counted; ask for 1 or 5")
-        if k == 1:
-            return self.accuracy
+    @property
+    def top5(self) -> float | None:
+        """The part of pictures whose class is among the first five guesses; None with fewer than five classes."""
         return self._mean(int(self._top5)) if len(self.classes) >= 5 else None
 
     @property
@@ -124,7 +121,7 @@ class Tally:
 
     def to_dict(self) -> dict[str, Any]:
         """Every score as plain values, ready for JSON."""
-        five = self.top(5)
+        five = self.top5
         return {
             "pictures": self.seen,
             "loss": self.loss,
