@@ -249,7 +249,7 @@ class BlockSpec:
         if self.attention == "eca":
             kernel = int((math.log2(width) + 1) / 2)
             kernel = max(kernel + 1 - kernel % 2, 3)
-            return (Layer("se.conv", "conv", 1, 1, kernel, padding=kernel // 2, domain="channels"),)
+            return (Layer("se.conv", "conv", width, width, kernel, padding=kernel // 2, domain="channels"),)
         return ()
 
     def bottleneck(self) -> tuple[Layer, ...]:

@@ -1,0 +1,5 @@
+"""`python -m isthmus`, which torchrun needs."""
+
+from isthmus.cli.main import main
+
+main()

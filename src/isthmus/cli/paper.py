@@ -1,0 +1,187 @@
+"""Commands about the network on paper; none of them loads torch."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from isthmus import records
+from isthmus.arch.cost import By, Cost, Row, cost
+from isthmus.arch.economics import StageEconomics, economics
+from isthmus.arch.plan import Plan
+from isthmus.arch.plan import plan as make_plan
+from isthmus.arch.spec import NetSpec
+from isthmus.arch.variants import variant, variants
+from isthmus.errors import SpecError
+from isthmus.report.tables import console, count, print_table, size
+
+__all__ = ["models", "plan"]
+
+Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON instead of tables.")]
+
+
+def usual_image_size(spec: NetSpec) -> int:
+    """224, or 32 for a stem that keeps the size (the CIFAR nets)."""
+    return 32 if spec.stem.stride == 1 and spec.stem.pool == "none" else 224
+
+
+def models(pattern: str = "*", *, image_size: int | None = None, as_json: Json = False) -> None:
+    """List the networks of the table with their cost.
+
+    Parameters
+    ----------
+    pattern
+        A part of the name, or a shell pattern such as 'resnext*'.
+    image_size
+        Pixels a side; 224 unless given, 32 for the CIFAR nets.
+    """
+    names = variants(pattern)
+    if not names:
+        raise SpecError(f"no network matches {pattern!r}; `isthmus models` lists all")
+    costs = {name: cost(spec := variant(name), image_size or usual_image_size(spec)) for name in names}
+    if as_json:
+        print(json.dumps([{"name": name, **totals(found)} for name, found in costs.items()], indent=2))  # noqa: T201
+        return
+    print_table(
+        f"{len(names)} networks",
+        ("name", "image", "parameters", "MACs", "activations"),
+        (
+            (name, size(found.plan.image_size), count(found.params), count(found.macs), count(found.activations))
+            for name, found in costs.items()
+        ),
+        note="MACs are multiply-adds for one picture (1 MAC = 2 FLOPs).",
+    )
+
+
+def plan(
+    network: str,
+    *,
+    image_size: int | None = None,
+    in_channels: int | None = None,
+    num_classes: int | None = None,
+    output_stride: int | None = None,
+    settings: Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)] = (),
+    by: By = "stage",
+    as_json: Json = False,
+) -> None:
+    """Show what a network costs and whether its strip pays, before a line of torch runs.
+
+    Parameters
+    ----------
+    network
+        A name from `isthmus models`, or a TOML file with a spec.
+    image_size
+        Pixels a side; 224 unless given, 32 for the CIFAR nets.
+    in_channels
+        Channels of the input, in place of the spec's.
+    num_classes
+        Classes of the output, in place of the spec's; 0 for pooled features.
+    output_stride
+        8, 16 or 32: strides beyond it become dilations.
+    settings
+        A field of the spec to change, such as 'shortcut=avg' or 'stages.0.mid=32'; may be repeated.
+    by
+        One row a stage, block or layer.
+    """
+    spec = NetSpec.from_file(Path(network)) if network.endswith(".toml") else variant(network)
+    spec = records.override(spec, settings)
+    spec = replace(
+        spec,
+        in_channels=spec.in_channels if in_channels is None else in_channels,
+        num_classes=spec.num_classes if num_classes is None else num_classes,
+    )
+    if output_stride is not None:
+        spec = spec.with_output_stride(output_stride)
+    laid_out = make_plan(spec, image_size or usual_image_size(spec))
+    found, strips = cost(laid_out), economics(laid_out)
+    if as_json:
+        document = {
+            "name": spec.name,
+            "image_size": laid_out.image_size,
+            **totals(found),
+            "rows": [row_values(row) for row in found.by(by)],
+            "economics": [strip._asdict() for strip in strips],
+            "spec": records.to_dict(spec),
+        }
+        print(json.dumps(document, indent=2))  # noqa: T201
+        return
+    print_plan(spec.name or network, laid_out, found, by)
+    print_economics(strips)
+
+
+def totals(found: Cost) -> dict[str, Any]:
+    """A network's cost under the keys of our JSON."""
+    return {
+        "params": found.params,
+        "macs": found.macs,
+        "flops": found.flops,
+        "activations": found.activations,
+        "receptive_field": found.receptive_field,
+        "output_stride": found.plan.output_stride,
+    }
+
+
+def row_values(row: Row) -> dict[str, Any]:
+    """A row under the keys of our JSON."""
+    return {**row._asdict(), "flops": row.flops}
+
+
+def print_plan(name: str, laid_out: Plan, found: Cost, by: By) -> None:
+    """Totals and the rows below them."""
+    spec = laid_out.spec
+    console.print(f"[bold]{name}[/] at {size(laid_out.image_size)}, {spec.in_channels} channels in, ", end="")
+    console.print(f"{spec.num_classes} classes out" if spec.num_classes else "pooled features out")
+    console.print(
+        f"  {found.params:,} parameters · {count(found.macs)}MACs ({count(found.flops)}FLOPs) · "
+        f"{count(found.activations)} activations"
+    )
+    console.print(f"  receptive field {found.receptive_field} px · output stride {laid_out.output_stride}")
+    print_table(
+        "",
+        (by, "kind", "channels", "map", "parameters", "MACs", "share"),
+        (
+            (
+                row.name,
+                row.kind,
+                f"{row.in_channels} → {row.out_channels}",
+                size(row.out_size),
+                f"{row.params:,}",
+                count(row.macs),
+                f"{row.macs / max(found.macs, 1):.1%}",
+            )
+            for row in found.by(by)
+        ),
+    )
+
+
+def print_economics(strips: tuple[StageEconomics, ...]) -> None:
+    """The economics of the bottleneck, then its warnings."""
+    if not strips:
+        return
+    print_table(
+        "Economics of the bottleneck",
+        ("stage", "outer", "mid", "groups", "reduction", "MACs", "params", "equal basic", "break-even mid"),
+        (
+            (
+                strip.name,
+                strip.outer,
+                strip.mid,
+                strip.groups,
+                f"{strip.reduction:.3g}×",
+                f"{strip.macs_ratio:.1%}",
+                f"{strip.params_ratio:.1%}",
+                strip.equal_basic_width,
+                strip.break_even_mid,
+            )
+            for strip in strips
+        ),
+        note=(
+            "MACs and params: a block against two plain 3×3 convolutions of the same outer width (100%).\n"
+            "Equal basic: the width of a basic block of the same MACs. Break-even mid: the saving is gone there."
+        ),
+    )
+    for strip in strips:
+        for warning in strip.warnings:
+            console.print(f"[yellow]warning[/] {strip.name}: {warning}")

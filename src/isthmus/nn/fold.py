@@ -1,0 +1,129 @@
+"""Batch norm folded into the convolution before it, and re-inserted again: pure functions, the input is left as it is.
+
+In evaluation a batch norm is one scale and one shift a channel, which the convolution's weight and a bias can carry.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.arch.plan import Plan
+from isthmus.errors import SpecError
+from isthmus.nn.batchnorm import BatchNorm
+from isthmus.nn.network import ResNet
+
+__all__ = ["fold", "fold_tensors", "insert_batchnorm"]
+
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+
+
+def fold_tensors(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the one convolution that equals convolution and batch norm in evaluation."""
+    if norm.running_mean is None or norm.running_var is None:
+        raise SpecError("a batch norm without running statistics depends on its batch and cannot be folded")
+    scale = (norm.running_var + norm.eps).rsqrt()
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean if bias is None else bias - norm.running_mean
+    folded = weight * scale.view(-1, *(1,) * (weight.ndim - 1))
+    return folded.detach(), (shift * scale if norm.bias is None else shift * scale + norm.bias).detach()
+
+
+def pairs(net: ResNet) -> list[tuple[str, str]]:
+    """Names of each convolution and of the batch norm right behind it, in a post-activation network."""
+    names = [name for name, module in net.named_modules() if isinstance(module, Conv | BatchNorm)]
+    modules = dict(net.named_modules())
+    found = []
+    for conv, norm in zip(names, names[1:], strict=False):
+        if isinstance(modules[conv], Conv) and isinstance(modules[norm], BatchNorm):
+            found.append((conv, norm))
+    return found
+
+
+def sibling(net: ResNet, norm: str) -> ResNet:
+    """A network of the same plan with another norm, on the same device and in the same precision and mode."""
+    first = next(net.parameters())
+    with torch.device("meta"):
+        other = ResNet(Plan(replace(net.spec, norm=norm), net.plan.image_size))  # type: ignore[arg-type]
+    # Buffers that no state dict holds (blur filters) come from a real network's constructor, so they are copied too.
+    other = other.to_empty(device=first.device).to(first.dtype)
+    buffers = dict(net.named_buffers())
+    for name, buffer in other.named_buffers():
+        if name in buffers:
+            buffer.copy_(buffers[name])
+    other.preprocess, other.classes = net.preprocess, net.classes
+    return other.train(net.training)
+
+
+def fold(net: ResNet) -> ResNet:
+    """A network without batch norm that computes what `net` computes in evaluation (norm `none`, biased convolutions).
+
+    Raises SpecError for networks that are not batch-normalised or not post-activation, and for a caller's own blocks.
+    """
+    kinds = {stage.block for stage in net.spec.stages}
+    if net.spec.norm != "batch" or not kinds <= {"bottleneck", "basic"}:
+        raise SpecError(
+            f"cannot fold a network with norm {net.spec.norm!r} and blocks {', '.join(sorted(kinds))}: only batch norm "
+            f"behind a convolution folds"
+        )
+    folded, state, modules = sibling(net, "none"), net.state_dict(), dict(net.named_modules())
+    for conv, norm in pairs(net):
+        weight, bias = fold_tensors(state[f"{conv}.weight"], state.get(f"{conv}.bias"), modules[norm])  # type: ignore[arg-type]
+        state[f"{conv}.weight"], state[f"{conv}.bias"] = weight, bias
+        for key in [key for key in state if key.startswith(f"{norm}.")]:
+            del state[key]
+    folded.load_state_dict(state)
+    return folded
+
+
+@torch.no_grad()
+def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
+    """The inverse of `fold`: batch norm behind every biased convolution, the function in evaluation unchanged.
+
+    The running statistics are those of `batches` (each (N, C, H, W), preprocessed), so that training mode starts
+    close to evaluation mode; scale and shift undo them exactly. Raises SpecError unless the norm is `none`.
+    """
+    if net.spec.norm != "none":
+        raise SpecError(f"batch norm can be inserted into a network with norm 'none'; this one has {net.spec.norm!r}")
+    normed = sibling(net, "batch")
+    convs = {name: module for name, module in net.named_modules() if isinstance(module, Conv)}
+    sums: dict[str, tuple[int, Tensor, Tensor]] = {}
+
+    def record(name: str, output: Tensor) -> None:
+        values = output.double().transpose(0, 1).flatten(1)
+        count, total, squares = sums.get(name, (0, torch.zeros(1), torch.zeros(1)))
+        sums[name] = count + values.shape[1], total + values.sum(1), squares + values.square().sum(1)
+
+    handles = [
+        module.register_forward_hook(lambda _module, _input, output, name=name: record(name, output))
+        for name, module in convs.items()
+    ]
+    mode = net.training
+    try:
+        net.eval()
+        for batch in batches:
+            net(batch)
+    finally:
+        net.train(mode)
+        for handle in handles:
+            handle.remove()
+    if not sums:
+        raise SpecError("no batch was given to measure batch-norm statistics on")
+    state, target = dict(net.state_dict()), normed.state_dict()
+    modules = dict(normed.named_modules())
+    for conv, norm in pairs(normed):
+        count, total, squares = sums[conv]
+        bias = state.pop(f"{conv}.bias")
+        mean = total / count
+        var = (squares / count - mean.square()).clamp_min(0) * (count / max(count - 1, 1))
+        eps = modules[norm].eps
+        # The hook saw the bias too: the mean behind a bias-free convolution is less by just that.
+        target[f"{norm}.running_mean"].copy_(mean - bias)
+        target[f"{norm}.running_var"].copy_(var)
+        target[f"{norm}.weight"].copy_((var + eps).sqrt())
+        target[f"{norm}.bias"].copy_(mean)
+        target[f"{norm}.num_batches_tracked"].zero_()
+    for key, value in state.items():
+        target[key].copy_(value)
+    return normed

@@ -1,0 +1,36 @@
+"""Rows to the terminal."""
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["console", "count", "print_table", "size"]
+
+console = Console(highlight=False)
+SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def count(value: float) -> str:
+    """A count in three to four digits, e.g. 4.089 G."""
+    for scale, suffix in SUFFIXES:
+        if abs(value) >= scale:
+            return f"{value / scale:.{3 if scale == 1e9 else 2}f} {suffix}"
+    return f"{value:g}"
+
+
+def size(pixels: tuple[int, ...]) -> str:
+    """A map size, e.g. 56×56."""
+    return "×".join(map(str, pixels))
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, note: str = "") -> None:
+    """A table whose first column is left-aligned and the rest right-aligned, with a note below it."""
+    table = Table(title=title or None, title_justify="left", title_style="bold", caption=note or None, box=box.SIMPLE_HEAD)
+    table.caption_justify, table.caption_style = "left", "dim"
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row))
+    console.print(table)
