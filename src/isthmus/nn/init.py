@@ -12,6 +12,8 @@ def initialise(net: nn.Module, *, zero_init: bool = True) -> None:
     """
     from isthmus.nn.block import PreActBottleneckBlock, ResidualBlock
 
+    if any(parameter.is_meta for parameter in net.parameters()):
+        return  # there is nothing to fill, and torch would import its compiler (seconds) to do it
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d) or (isinstance(module, nn.Conv1d) and module.in_channels > 1):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

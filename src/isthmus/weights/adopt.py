@@ -1,0 +1,133 @@
+"""Which network fits given tensors, and whether a network in memory computes what ours does."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.arch.cost import cost
+from isthmus.arch.plan import plan
+from isthmus.arch.spec import HeadSpec, NetSpec
+from isthmus.arch.variants import variant, variants
+from isthmus.errors import WeightsError
+from isthmus.nn.block import BLOCKS
+from isthmus.nn.network import ResNet
+from isthmus.weights.layouts import LAYOUTS, pairs, to_native
+
+__all__ = ["candidates", "check_same_function"]
+
+TOLERANCE = 1e-3  # in single precision; a wrong stride place or filter is off by more than a tenth
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def candidates(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
+    """Names of the table whose tensors have these names and shapes; the number of classes and channels is free."""
+    stem = next((tensors[name] for name in FIRST if name in tensors and tensors[name].ndim == 4), None)
+    if stem is None:
+        return []
+    head = next((tensors[name] for name in LAST if name in tensors), None)
+    total = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith(STATISTICS))
+    names = []
+    for name in variants():
+        spec = replace(variant(name), in_channels=stem.shape[1], num_classes=0 if head is None else len(head))
+        # Counting is quicker than building by three orders.
+        if spec.preact == LAYOUTS[layout].preact and cost(spec).params == total and _fits(tensors, layout, spec):
+            names.append(name)
+    return names
+
+
+FIRST = ("conv1.weight", "conv1.0.weight", "stem.conv.weight", "stem.conv1.weight")
+LAST = ("fc.weight", "head.fc.weight")
+
+
+def _fits(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> bool:
+    with torch.device("meta"):
+        wanted = ResNet(plan(spec)).state_dict()
+    found = to_native(tensors, layout, spec)
+    shapes = (
+        {key: item.shape for key, item in each.items() if not key.endswith(STATISTICS)} for each in (wanted, found)
+    )
+    return next(shapes) == next(shapes)
+
+
+def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
+    """Relative difference of the pooled features of two networks with equal random parameters.
+
+    Raises WeightsError where it is more than rounding: tensors may fit a network that strides, filters or pools
+    elsewhere. Parameters are random because those of a fresh network hide much (a block whose last scale is 0).
+    """
+    theirs = copy.deepcopy(module).cpu().float().eval()
+    for name in ("fc", "head.fc"):
+        try:
+            theirs.get_submodule(name)
+        except AttributeError:
+            continue
+        theirs.set_submodule(name, nn.Identity())
+    randomise(theirs)
+    tensors = to_native(theirs.state_dict(), layout, net.spec)
+    channels = next(tensors[name] for name in FIRST if name in tensors).shape[1]
+    spec = replace(net.spec, in_channels=channels, num_classes=0, drop_path=0.0, head=HeadSpec())
+    own = {
+        block.spec.kind: type(net.get_submodule(block.name))
+        for block in net.plan.blocks
+        if block.spec.kind not in BLOCKS
+    }
+    ours = ResNet(plan(spec), blocks=own).eval()
+    ours.load_state_dict({name: tensor for name, tensor in tensors.items() if name in ours.state_dict()})
+    _compare_layers(ours, theirs, layout)
+    side = 97 if spec.dims == 2 else 33  # odd, as pools round differently there
+    pictures = torch.randn(1, channels, *(side,) * spec.dims, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mine = ours(pictures)
+        try:
+            other = theirs(pictures).flatten(1)
+        except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise WeightsError(f"the network in memory cannot be tried on a {side} px picture: {reason}") from error
+    if other.shape != mine.shape:
+        raise WeightsError(
+            f"the network in memory gives {tuple(other.shape)} before its classifier and ours {tuple(mine.shape)}; "
+            f"it must end in a mean over the map and one linear layer"
+        )
+    difference = float((mine - other).abs().max() / other.abs().max())
+    if not difference <= TOLERANCE:
+        raise WeightsError(
+            f"the tensors of the network in memory fit, but it computes something else (relative difference "
+            f"{difference:.1e}); likely another stride place, anti-aliasing, dilation, pool or activation: create the "
+            f"network that it is"
+        )
+    return difference
+
+
+def randomise(module: nn.Module) -> None:
+    """Random numbers for every parameter and buffer, such that signals neither vanish nor explode."""
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in module.state_dict().items():
+        low, high = {"weight": (0.5, 1.0), "running_var": (0.5, 1.5)}.get(name.rpartition(".")[2], (-0.1, 0.1))
+        if tensor.ndim > 1:
+            tensor.normal_(0, (2 / tensor[0].numel()) ** 0.5, generator=generator)
+        elif tensor.is_floating_point():
+            tensor.uniform_(low, high, generator=generator)
+
+
+def _compare_layers(ours: nn.Module, theirs: nn.Module, layout: str) -> None:
+    """Raise WeightsError naming convolutions and norms whose stride, dilation, groups or epsilon differ."""
+    names = {rule.native: rule.foreign for rule in pairs(layout, ours.spec)} if isinstance(ours, ResNet) else {}
+    wrong = []
+    for name, layer in ours.named_modules():
+        try:
+            other = theirs.get_submodule(names.get(name, name))
+        except AttributeError:
+            continue
+        for fact in ("stride", "dilation", "groups", "eps"):
+            mine, found = getattr(layer, fact, None), getattr(other, fact, None)
+            if hasattr(other, "weight") and None not in (mine, found) and mine != found:
+                wrong.append(f"{name} has {fact} {found} there and {mine} here")
+    if wrong:
+        raise WeightsError(
+            f"the tensors of the network in memory fit, but it computes something else: {'; '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            + "; create the network that it is (stride place: resnet50_v1; output stride: NetSpec.with_output_stride)"
+        )

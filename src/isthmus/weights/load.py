@@ -1,0 +1,440 @@
+"""Weights into networks: what is loaded is checked to the last tensor, and a report says what was done.
+
+A file of ours carries under the key `isthmus` of its metadata, as JSON: `schema`, `spec`, `layout`, `preprocess`,
+`classes` and `extra`. Schema 1 stays readable for ever.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.arch.plan import plan
+from isthmus.arch.preprocess import Preprocess
+from isthmus.arch.spec import NetSpec
+from isthmus.arch.variants import variant
+from isthmus.errors import IsthmusError, RunError, WeightsError
+from isthmus.nn.layers import BlurPool
+from isthmus.nn.network import ResNet
+from isthmus.records import from_dict, to_dict
+from isthmus.weights import adapt, catalog, files, layouts
+from isthmus.weights.adopt import candidates, check_same_function
+from isthmus.weights.onnx_graph import read_onnx
+
+__all__ = ["LoadReport", "Origin", "create", "load", "load_weights", "read_network", "save_weights"]
+
+SCHEMA = 1
+MODEL_FILE = "model.safetensors"
+HEAD = "fc."
+COUNTER = ".num_batches_tracked"
+
+Blocks = Mapping[str, type[nn.Module]]
+Origin = str | Path | nn.Module
+"""A weight file, a run folder, a name of the catalog, or a network in memory."""
+Head = Literal["keep", "adapt", "new"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoadReport:
+    """What became of every tensor: names are ours, sentences are for people.
+
+    `assumed` is what the source cannot say and the network decided, `dropped` what the source had and nobody wanted.
+    """
+
+    source: str
+    layout: str
+    loaded: tuple[str, ...]
+    parameters: int
+    adapted: tuple[str, ...] = ()
+    initialised: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        """The report on a few lines."""
+        lines = [
+            f"{self.source} ({self.layout}): {len(self.loaded)} tensors, {self.parameters:,} parameters loaded",
+            *(f"adapted: {sentence}" for sentence in self.adapted),
+        ]
+        for word, names in (("initialised", self.initialised), ("dropped", self.dropped)):
+            if names:
+                lines.append(f"{word}: {listed(names, 6)}")
+        if self.assumed:
+            lines.append(f"assumed, as the source cannot say: {', '.join(self.assumed)}")
+        return "\n  ".join([*lines, *self.notes])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Source:
+    """Tensors with all that is known of the network they are from."""
+
+    name: str
+    tensors: dict[str, Tensor]
+    layout: str
+    spec: NetSpec | None = None
+    preprocess: Preprocess | None = None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    module: nn.Module | None = None
+
+
+def create(
+    name_or_spec: str | NetSpec,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    weights: Origin | None = None,
+    blocks: Blocks | None = None,
+) -> ResNet:
+    """A network by name or spec, initialised as He et al. 2015, or with `weights`. None means what the spec says.
+
+    A number that is given adapts the weights to it: a fresh classifier, a summed or repeated first convolution.
+    """
+    spec = variant(name_or_spec) if isinstance(name_or_spec, str) else name_or_spec
+    net = ResNet(plan(_with(spec, num_classes, in_channels)), blocks=blocks)
+    if weights is not None:
+        load_weights(net, weights, head="keep" if num_classes is None else "adapt", adapt_input=in_channels is not None)
+    return net
+
+
+def load(
+    ref_or_path: str | Path,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    blocks: Blocks | None = None,
+) -> ResNet:
+    """The network that a file of ours, a run folder, an ONNX file or a name of the catalog describes, evaluating.
+
+    `num_classes` and `in_channels` adapt it, as in `create`; `read_network` returns the report too. Raises
+    WeightsError, or RunError for a run folder without a model.
+    """
+    return read_network(ref_or_path, num_classes=num_classes, in_channels=in_channels, blocks=blocks)[0]
+
+
+def read_network(
+    ref_or_path: str | Path,
+    *,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    blocks: Blocks | None = None,
+) -> tuple[ResNet, LoadReport]:
+    """As `load`, with the report."""
+    source = _source(ref_or_path, None)
+    if source.spec is None:
+        names = candidates(source.tensors, source.layout)
+        fits = f"its names and shapes fit {listed(names, 6)}" if names else "and none of the table fits"
+        raise WeightsError(
+            f"{source.name} does not say which network it is for; {fits}. Say it: net = "
+            f"create({names[0] if names else 'your_spec'!r}); load_weights(net, {str(ref_or_path)!r})"
+        )
+    net_plan = plan(_with(source.spec, num_classes, in_channels))
+    if blocks:
+        net = ResNet(net_plan, blocks=blocks)
+    else:
+        with torch.device("meta"):  # no memory and no random numbers for what the file brings anyway
+            net = ResNet(net_plan)
+    head: Head = "keep" if num_classes is None else "adapt"
+    tensors, report = _fitted(net, source, head=head, adapt_input=in_channels is not None)
+    net.load_state_dict(tensors, assign=True)
+    for name, module in list(net.named_modules()):
+        if isinstance(module, BlurPool) and module.kernel.is_meta:  # its filter is in no state dict
+            net.set_submodule(name, BlurPool(module.channels, module.stride))
+    return net.eval(), _described(net, source, report)
+
+
+def load_weights(
+    net: ResNet,
+    source: Origin,
+    *,
+    layout: str | None = None,
+    head: Head = "keep",
+    adapt_input: bool = False,
+    ignore: tuple[str, ...] = (),
+) -> LoadReport:
+    """Fill a network from a file, a run folder, a name of the catalog or a network in memory (timm's, torchvision's).
+
+    Every tensor must be there and fit, or WeightsError is raised and `net` stays as it was. Exceptions are asked for:
+    `head="adapt"` starts a classifier of another size afresh and `"new"` any; `adapt_input` sums or repeats a first
+    convolution for other input channels; tensors of the source whose names begin with one in `ignore` are dropped.
+    A network in memory must also compute the same, which is tried out. `layout` None is found from the names.
+    """
+    found = _source(source, layout)
+    tensors, report = _fitted(net, found, head=head, adapt_input=adapt_input, ignore=ignore)
+    if found.module is not None:
+        difference = check_same_function(net, found.module, found.layout)
+        note = f"computes as the network in memory, tried on random parameters (relative difference {difference:.0e})"
+        report = replace(report, notes=(*report.notes, note))
+    # In place: optimisers, devices and precisions stay as they are.
+    with torch.no_grad():
+        for name, target in net.state_dict().items():
+            target.copy_(tensors[name])
+    return _described(net, found, report)
+
+
+def save_weights(
+    net: ResNet, path: Path | str, *, layout: str = "native", extra: Mapping[str, Any] | None = None
+) -> None:
+    """Save a network as safetensors that `load` reads back, whole or not at all; `extra` must be plain JSON values.
+
+    Raises RunError when the disk will not take it, WeightsError when classes and classifier disagree or the layout
+    cannot name the network.
+    """
+    if net.classes and len(net.classes) != net.spec.num_classes:
+        raise WeightsError(
+            f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
+        )
+    described = {
+        "schema": SCHEMA,
+        "spec": to_dict(net.spec),
+        "layout": layout,
+        "preprocess": to_dict(net.preprocess),
+        "classes": list(net.classes),
+        "extra": dict(extra or {}),
+    }
+    tensors = layouts.from_native(net.state_dict(), layout, net.spec)
+    files.write(path, tensors, {"format": "pt", "isthmus": json.dumps(described)})
+
+
+def listed(names: Iterable[str], count: int = 4) -> str:
+    """The first few of many names, and how many more there are."""
+    every = list(names)
+    rest = f" and {len(every) - count} more" if len(every) > count else ""
+    return ", ".join(every[:count]) + rest
+
+
+def _with(spec: NetSpec, num_classes: int | None, in_channels: int | None) -> NetSpec:
+    classes = spec.num_classes if num_classes is None else num_classes
+    return replace(spec, num_classes=classes, in_channels=spec.in_channels if in_channels is None else in_channels)
+
+
+def _source(origin: Origin, layout: str | None) -> Source:
+    """Whatever weights may come from, as tensors with what is known of them."""
+    if isinstance(origin, ResNet):
+        return Source(
+            name="the network in memory",
+            tensors=dict(origin.state_dict()),
+            layout="native",
+            spec=origin.spec,
+            preprocess=origin.preprocess,
+            classes=origin.classes,
+            module=origin,
+        )
+    if isinstance(origin, nn.Module):
+        tensors, notes = files.unwrap(origin.state_dict(), "the network in memory")
+        name = f"the {type(origin).__name__} in memory"
+        return Source(name=name, tensors=tensors, layout=layout or layouts.detect(tensors), notes=notes, module=origin)
+    path = Path(origin)
+    if (record := catalog.CATALOG.get(str(origin))) is not None:
+        path = catalog.find(record)
+        return replace(_onnx(path, record), name=record.name)
+    if path.is_dir():
+        path /= MODEL_FILE
+        if not path.is_file():
+            raise RunError(f"{path.parent} has no {MODEL_FILE}; is it a run folder, and did the run finish?")
+    if not path.exists():
+        raise WeightsError(
+            f"there is no file {path}, and no published weights of that name; known: {', '.join(catalog.CATALOG)}"
+        )
+    if path.suffix == ".onnx":
+        return _onnx(path, catalog.known(path))
+    content = files.read(path)
+    source = Source(name=str(path), tensors=content.tensors, layout=layout or "", notes=content.notes)
+    if "isthmus" in content.metadata:
+        return _ours(source, content.metadata["isthmus"])
+    return source if layout else replace(source, layout=layouts.detect(content.tensors))
+
+
+def _onnx(path: Path, record: catalog.Record | None) -> Source:
+    graph = read_onnx(path)
+    source = Source(name=str(path), tensors=graph.tensors, layout="onnx", spec=graph.spec, notes=graph.notes)
+    if record is None:
+        note = "its preprocessing is not in the file: set net.preprocess"
+        return replace(source, notes=(*graph.notes, note))
+    spec = replace(graph.spec, name=record.name)
+    notes = (*graph.notes, f"{record.note}; {record.licence}; {record.source}")
+    return replace(source, spec=spec, preprocess=record.preprocess, classes=record.classes, notes=notes)
+
+
+def _ours(source: Source, text: str) -> Source:
+    """A source with what the metadata of our own files says; raises WeightsError."""
+    try:
+        described = json.loads(text)
+        schema = described["schema"]
+        if schema > SCHEMA:
+            raise ValueError(f"it has schema {schema} and this isthmus reads up to {SCHEMA}: upgrade isthmus")  # noqa: TRY301
+        spec = from_dict(NetSpec, described["spec"])
+        preprocess = from_dict(Preprocess, described["preprocess"])
+        classes = tuple(map(str, described["classes"]))
+        layout = str(described["layout"])
+    except (IsthmusError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{source.name}: its description cannot be read: {error}") from error
+    if classes and len(classes) != spec.num_classes:
+        raise WeightsError(f"{source.name} names {len(classes)} classes for {spec.num_classes} outputs; save it again")
+    return replace(source, layout=layout, spec=spec, preprocess=preprocess, classes=classes)
+
+
+def _fitted(
+    net: ResNet, source: Source, *, head: Head, adapt_input: bool, ignore: tuple[str, ...] = ()
+) -> tuple[dict[str, Tensor], LoadReport]:
+    """A tensor for each of the network's, and the report; raises WeightsError unless everything fits."""
+    spec = net.spec
+    wanted = net.state_dict()
+    notes = [*source.notes, *_compared(source, spec)]
+    layout = "native" if source.layout == "onnx" else source.layout
+    found = layouts.to_native(source.tensors, layout, spec)
+    dropped = [name for name in found if ignore and name.startswith(ignore)]
+    adapted: list[str] = []
+
+    mine = {name: tensor.shape for name, tensor in wanted.items() if name.startswith(HEAD)}
+    theirs = {name: tensor.shape for name, tensor in found.items() if name.startswith(HEAD)}
+    fresh: dict[str, Tensor] = {}
+    if not mine or head == "new" or (head == "adapt" and mine != theirs):
+        dropped += theirs
+        fresh = adapt.new_head(mine)
+        if mine:
+            adapted.append(f"a new classifier for {spec.num_classes} classes{_instead(theirs)}")
+    elif mine != theirs:
+        raise WeightsError(
+            f"{source.name} does not fit: its classifier is {_shapes(theirs)} and the network's {_shapes(mine)}; start "
+            f"a new one with load_weights(..., head='adapt'), or give create or load the num_classes you want"
+        )
+    ready = {name: tensor for name, tensor in found.items() if name not in dropped}
+
+    first = "conv1.weight" if "conv1.weight" in wanted else "conv1.0.weight"
+    if first in ready and ready[first].ndim > 1 and ready[first].shape[1] != spec.in_channels:
+        channels = ready[first].shape[1]
+        if not adapt_input:
+            raise WeightsError(
+                f"{source.name} does not fit: it takes {channels} input channels and the network {spec.in_channels}; "
+                f"adapt it with load_weights(..., adapt_input=True), or give create or load the in_channels you want"
+            )
+        ready[first] = adapt.adapt_input(ready[first], spec.in_channels)
+        adapted.append(f"{first} from {channels} to {spec.in_channels} input channels, equal on grey pictures")
+
+    counters = [name for name in wanted if name.endswith(COUNTER) and name not in ready]
+    ready |= {name: torch.zeros((), dtype=torch.long) for name in counters}  # older files lack them
+    _check_fit(source, ready | fresh, wanted, spec)
+    broken = [name for name, tensor in ready.items() if tensor.is_floating_point() and not _is_finite(tensor)]
+    if broken:
+        notes.append(f"warning: {len(broken)} tensors hold values that are not finite: {listed(broken)}")
+    learnt = {name for name, _ in net.named_parameters()}
+    report = LoadReport(
+        source=source.name,
+        layout=source.layout,
+        loaded=tuple(name for name in wanted if name not in fresh and name not in counters),
+        parameters=sum(ready[name].numel() for name in learnt if name in ready),
+        adapted=tuple(adapted),
+        initialised=(*fresh, *counters),
+        dropped=tuple(dropped),
+        assumed=_assumed(spec) if source.spec is None and source.module is None else (),
+        notes=tuple(notes),
+    )
+    everything = ready | fresh
+    return {name: everything[name].to(tensor.dtype) for name, tensor in wanted.items()}, report
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    low, high = torch.aminmax(tensor)  # five times as quick as torch.isfinite, and not-a-number passes through
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+def _check_fit(source: Source, ready: dict[str, Tensor], wanted: dict[str, Tensor], spec: NetSpec) -> None:
+    """Raise WeightsError unless names, shapes and kinds of numbers are equal."""
+    missing = [name for name in wanted if name not in ready]
+    unexpected = [name for name in ready if name not in wanted]
+    wrong = [
+        f"{name} is {tuple(tensor.shape)} and must be {tuple(wanted[name].shape)}"
+        for name, tensor in ready.items()
+        if name in wanted and tensor.shape != wanted[name].shape
+    ]
+    integers = [
+        f"{name} is {tensor.dtype}"
+        for name, tensor in ready.items()
+        if name in wanted and tensor.is_floating_point() != wanted[name].is_floating_point()
+    ]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": wrong, "of another kind": integers}
+    told = [f"{len(names)} tensors {word} ({listed(names, 3)})" for word, names in faults.items() if names]
+    if told:
+        names = candidates(source.tensors, "native" if source.layout == "onnx" else source.layout)
+        mend = f"they fit {listed(names, 6)}" if names else "make the network that they are from"
+        raise WeightsError(f"{source.name} does not fit {spec.name or 'the network'}: {'; '.join(told)}; {mend}")
+
+
+def _compared(source: Source, spec: NetSpec) -> list[str]:
+    """Notes on stages that differ in stride or dilation; raises WeightsError where the functions differ in kind."""
+    if source.spec is None:
+        return []
+    theirs = source.spec
+    same: tuple[str, ...] = (
+        "stem",
+        "shortcut",
+        "stride_at",
+        "norm",
+        "norm_eps",
+        "activation",
+        "attention",
+        "anti_alias",
+        "dims",
+    )
+    if spec.norm == theirs.norm == "none":
+        same = tuple(name for name in same if name != "norm_eps")
+    wrong = [
+        f"{name} {_plain(getattr(theirs, name))} there and {_plain(getattr(spec, name))} here"
+        for name in same
+        if getattr(theirs, name) != getattr(spec, name)
+    ]
+    if wrong:
+        raise WeightsError(
+            f"{source.name} is for another network: {'; '.join(wrong)}; make the network from its own spec: "
+            f"load({source.name!r})"
+        )
+    return [
+        f"layer{number} has stride {mine.stride} and dilation {mine.dilation} where the source has {their.stride} and "
+        f"{their.dilation}"
+        for number, (mine, their) in enumerate(zip(spec.stages, theirs.stages, strict=False), 1)
+        if (mine.stride, mine.dilation, mine.first_dilation) != (their.stride, their.dilation, their.first_dilation)
+    ]
+
+
+def _plain(value: Any) -> str:
+    return (
+        ", ".join(f"{name}={item}" for name, item in to_dict(value).items()) if hasattr(value, "pool") else str(value)
+    )
+
+
+def _assumed(spec: NetSpec) -> tuple[str, ...]:
+    """What keys and shapes cannot say, as the network has it."""
+    place = {"conv1": "the first 1×1", "conv2": "the 3×3"}[spec.stride_at]
+    said = [f"anti-aliasing {spec.anti_alias}", f"stem pool {spec.stem.pool}", f"activation {spec.activation}"]
+    if any(stage.block != "basic" for stage in spec.stages):
+        said.insert(0, f"stride on {place}")
+    if spec.norm != "none":
+        said.append(f"norm epsilon {spec.norm_eps:g}")
+    return (*said, "preprocessing")
+
+
+def _described(net: ResNet, source: Source, report: LoadReport) -> LoadReport:
+    """Give the network the preprocessing and the classes of its weights; the report, with a note where it cannot."""
+    if source.preprocess is not None:
+        record = adapt.adapt_preprocess(source.preprocess, net.spec.in_channels)
+        if record is None:
+            note = f"no preprocessing is known for {net.spec.in_channels} channels: feed normalised tensors"
+            report = replace(report, notes=(*report.notes, note))
+        net.preprocess = record or source.preprocess
+    kept = any(name.startswith(HEAD) for name in report.loaded)
+    net.classes = source.classes if kept else ()
+    return report
+
+
+def _instead(shapes: Mapping[str, torch.Size]) -> str:
+    return f" instead of {shapes['fc.weight'][0]}" if "fc.weight" in shapes else ""
+
+
+def _shapes(shapes: Mapping[str, torch.Size]) -> str:
+    return listed(f"{name} {tuple(shape)}" for name, shape in shapes.items()) or "absent"
