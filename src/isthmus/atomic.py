@@ -10,7 +10,7 @@ from isthmus.errors import RunError
 __all__ = ["atomic_write"]
 
 
-def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, bring it to the disk, and put it in its place in one step.
 
     Whatever goes wrong, `path` stays as it was and the temporary file is removed. Raises RunError naming the file and

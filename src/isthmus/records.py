@@ -31,8 +31,9 @@ def expectation(hint: Any) -> tuple[str, Callable[[Any], bool]]:
         words, holds = expectation(inner)
         length = None if rest == [...] else len(rest) + 1
         words = f"a list of {words}" if length is None else f"{length} values, each {words}"
-        return words, lambda value: (
-            type(value) is tuple and length in (None, len(value)) and all(holds(item) for item in value)
+        return (
+            words,
+            lambda value: type(value) is tuple and length in (None, len(value)) and all(holds(item) for item in value),
         )
     if type(None) in get_args(hint):
         words, holds = expectation(next(arg for arg in get_args(hint) if arg is not type(None)))
@@ -41,7 +42,7 @@ def expectation(hint: Any) -> tuple[str, Callable[[Any], bool]]:
 
 
 @cache
-def expectations(cls: type) -> tuple[tuple[str, str, Callable[[Any], bool]], ...]:
+def expectations(cls: Any) -> tuple[tuple[str, str, Callable[[Any], bool]], ...]:
     """Name, words and test of each field."""
     hints = get_type_hints(cls)
     return tuple((field.name, *expectation(hints[field.name])) for field in fields(cls))
@@ -82,9 +83,11 @@ def from_dict(cls: type[T], values: Any, error: type[IsthmusError] = SpecError, 
     def made(name: str, value: Any) -> Any:
         hint = next((arg for arg in get_args(hints[name]) if is_dataclass(arg)), hints[name])
         if not is_dataclass(hint):
-            return tuple(tuple(item) if isinstance(item, list) else item for item in value) if isinstance(
-                value, list
-            ) else value
+            return (
+                tuple(tuple(item) if isinstance(item, list) else item for item in value)
+                if isinstance(value, list)
+                else value
+            )
         kind: type[Any] = hint  # type: ignore[assignment]
         if isinstance(value, list):
             return tuple(from_dict(kind, item, error, f"{place}{name}.{i}") for i, item in enumerate(value))

@@ -51,8 +51,12 @@ class Layer(NamedTuple):
         reach = self.dilation * (self.kernel - 1) + 1 - 2 * self.padding
         rounding = self.stride - 1 if self.ceil else 0
         out = tuple((n - reach + rounding) // self.stride + 1 for n in size)
-        if min(out) < 1 or (self.kind == "blur" and min(size) < 2):
-            raise SpecError(f"layer {self.name}: nothing is left of a {'×'.join(map(str, size))} map; enlarge the image")
+        # Reflection needs a neighbour, and torch pools no volume smaller than its kernel, ceil mode or not.
+        least = 2 if self.kind == "blur" else self.kernel if self.kind == "avgpool" and len(size) == 3 else 1
+        if min(out) < 1 or min(size) < least:
+            raise SpecError(
+                f"layer {self.name}: nothing is left of a {'×'.join(map(str, size))} map; enlarge the image"
+            )
         return out
 
 
@@ -151,9 +155,7 @@ class BlockSpec:
                 "a basic block has no groups, no reduce and a fixed stride place; use a bottleneck for those"
             )
         if self.norm == "group" and any(width % NORM_GROUPS for width in widths):
-            raise SpecError(
-                f"group norm needs widths divisible by {NORM_GROUPS}; got in, reduce, mid, out = {widths}"
-            )
+            raise SpecError(f"group norm needs widths divisible by {NORM_GROUPS}; got in, reduce, mid, out = {widths}")
         if self.kind == "preact_bottleneck" and (self.norm == "none" or self.anti_alias != "none"):
             raise SpecError("a pre-activation block needs a norm and has no anti-aliasing")
         if self.anti_alias != "none" and self.stride_at == "conv1":
@@ -220,9 +222,7 @@ class BlockSpec:
         """A convolution that keeps its map centred; groups belong to the 3×3 of a bottleneck."""
         groups = self.groups if kernel == 3 else 1
         padding = dilation * (kernel // 2)
-        return Layer(
-            name, "conv", *widths, kernel, stride, padding, dilation, groups, bias=self.norm == "none"
-        )
+        return Layer(name, "conv", *widths, kernel, stride, padding, dilation, groups, bias=self.norm == "none")
 
     def after(self, index: int, width: int, *, act: bool = True) -> tuple[Layer, ...]:
         """Norm and activation number `index`."""
@@ -267,7 +267,9 @@ class BlockSpec:
 
     def basic(self) -> tuple[Layer, ...]:
         return (
-            self.conv("conv1", (self.in_channels, self.mid), 3, 1 if self.smooths else self.stride, self.first_dilation),
+            self.conv(
+                "conv1", (self.in_channels, self.mid), 3, 1 if self.smooths else self.stride, self.first_dilation
+            ),
             *self.after(1, self.mid),
             *self.smooth(self.mid),
             self.conv("conv2", (self.mid, self.out_channels), 3, 1, self.dilation),

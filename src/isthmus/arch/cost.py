@@ -80,6 +80,17 @@ def block_rows(block: PlannedBlock) -> list[Row]:
     return [*main, *chain_rows(prefix, block.spec.downsample, block.in_size)]
 
 
+def reach(layers: Iterable[Layer]) -> tuple[int, int, int]:
+    """First and last input position, from its own, that one output position of a chain sees, and the chain's stride."""
+    first, last, stride = 0, 0, 1
+    for layer in layers:
+        if layer.domain == "map":
+            first -= layer.padding * stride
+            last += ((layer.kernel - 1) * layer.dilation - layer.padding) * stride
+            stride *= layer.stride
+    return first, last, stride
+
+
 def total(rows: Iterable[Row]) -> tuple[int, int, int]:
     """Sums of parameters, MACs and activations."""
     params = macs = activations = 0
@@ -161,13 +172,17 @@ class Cost:
     @cached_property
     def receptive_field(self) -> int:
         """Side in pixels of the input region that one position of the last map sees; attention sees everything."""
-        field, jump = 1, 1
-        layers = [*self.plan.stem, *(layer for block in self.plan.blocks for layer in block.spec.main)]
-        for layer in layers:
-            if layer.domain == "map":
-                field += (layer.kernel - 1) * layer.dilation * jump
-                jump *= layer.stride
-        return field
+        first, last, jump = 0, 0, 1
+        for main, shortcut in (
+            (self.plan.stem, ()),
+            *((block.spec.main, block.spec.downsample) for block in self.plan.blocks),
+        ):
+            # A pooled shortcut of stride 3 or more reaches further than the 3×3 beside it.
+            (main_first, main_last, stride), (other_first, other_last, _) = reach(main), reach(shortcut)
+            first += jump * min(main_first, other_first)
+            last += jump * max(main_last, other_last)
+            jump *= stride
+        return last - first + 1
 
     @cached_property
     def rows(self) -> tuple[Row, ...]:

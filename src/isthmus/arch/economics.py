@@ -1,6 +1,6 @@
 """Does the strip pay? Each bottleneck stage against two plain 3×3 convolutions of the same outer width."""
 
-from math import isqrt, sqrt
+from math import isqrt
 from typing import NamedTuple
 
 from isthmus.arch.block import BlockSpec
@@ -16,7 +16,7 @@ class StageEconomics(NamedTuple):
     """The bottleneck of one stage; ratios are bottleneck over the plain pair, so below 1 is a saving.
 
     `reduction` is outer over strip width, `equal_basic_width` the width of a basic block of the same MACs, and
-    `break_even_mid` the strip width at which the pair costs the same (0 when no width does).
+    `break_even_mid` the least strip width at which nothing is saved.
     """
 
     name: str
@@ -40,23 +40,12 @@ def economics(plan: Plan) -> tuple[StageEconomics, ...]:
         if stage.block not in ("bottleneck", "preact_bottleneck"):
             continue
         size = next(block.out_size for block in reversed(plan.blocks) if block.stage == number)
-        groups, kernel, dims = stage.groups, 3**plan.spec.dims, plan.spec.dims
+        groups, kernel = stage.groups, 3**plan.spec.dims
         reduce = stage.reduce or stage.mid
-
-        def repeated(kind: str, outer: int, mid: int, *, reduce: int = 0, groups: int = 1) -> tuple[int, int]:
-            spec = BlockSpec(
-                kind=kind, in_channels=outer, out_channels=outer, mid=mid, reduce=reduce, groups=groups, dims=dims
-            )
-            params, macs, _ = block_cost(PlannedBlock("", number, spec, size, size))
-            return params, macs
-
-        params, macs = repeated("bottleneck", stage.out, stage.mid, reduce=reduce, groups=groups)
-        pair_params, pair_macs = repeated("basic", stage.out, stage.out)
+        params, macs = repeated_cost("bottleneck", stage.out, size, mid=stage.mid, reduce=reduce, groups=groups)
+        pair_params, pair_macs = repeated_cost("basic", stage.out, size, mid=stage.out)
         positions = pair_macs // (2 * kernel * stage.out**2)
-        # Cost a position with strip m and reduce r·m: (r + 1)·outer·m + kernel·r·m²/groups = 2·kernel·outer².
-        ratio = reduce / stage.mid
-        a, b = kernel * ratio / groups, (ratio + 1) * stage.out
-        break_even = int((sqrt(b * b + 8 * a * kernel * stage.out**2) - b) / (2 * a))
+        even = break_even(stage.out, stage.mid, reduce, groups, kernel)
         rows.append(
             StageEconomics(
                 name=f"layer{number}",
@@ -69,23 +58,36 @@ def economics(plan: Plan) -> tuple[StageEconomics, ...]:
                 macs_ratio=macs / pair_macs,
                 params_ratio=params / pair_params,
                 equal_basic_width=isqrt(macs // (2 * kernel * positions)),
-                break_even_mid=break_even,
-                warnings=tuple(warnings(stage.out, stage.mid, macs / pair_macs, break_even)),
+                break_even_mid=even,
+                warnings=tuple(warnings(stage.out, stage.mid, macs / pair_macs, even)),
             )
         )
     return tuple(rows)
 
 
+def break_even(outer: int, mid: int, reduce: int, groups: int, kernel: int) -> int:
+    """The least strip width, a multiple of `groups`, that costs the pair's MACs or more; reduce : mid stays."""
+    # A position with strip m costs (reduce/mid + 1)·outer·m + kernel·(reduce/mid)·m²/groups, the pair 2·kernel·outer².
+    a, b, c = kernel * reduce, groups * outer * (reduce + mid), 2 * kernel * outer**2 * mid * groups
+    even = (isqrt(b * b + 4 * a * c) - b) // (2 * a) // groups * groups
+    while a * even**2 + b * even < c:
+        even += groups
+    return even
+
+
+def repeated_cost(kind: str, outer: int, size: tuple[int, ...], **strip: int) -> tuple[int, int]:
+    """Parameters and MACs of a block that keeps `outer` channels and the map's size."""
+    spec = BlockSpec(kind=kind, in_channels=outer, out_channels=outer, dims=len(size), **strip)  # type: ignore[arg-type]
+    params, macs, _ = block_cost(PlannedBlock("", 0, spec, size, size))
+    return params, macs
+
+
 def warnings(outer: int, mid: int, macs_ratio: float, break_even: int) -> list[str]:
     """What a designer should hear about a strip of `mid` channels between lands of `outer`."""
     if macs_ratio >= 1:
-        return [
-            f"the strip saves nothing: mid {mid} costs {macs_ratio:.2f}× two plain 3×3 of width {outer}; "
-            f"below mid {break_even} it saves"
-        ]
+        found = f"the strip saves nothing: mid {mid} costs {macs_ratio:.2f}× two plain 3×3 of width {outer}"
+        return [f"{found}; below mid {break_even} it saves"]
     if mid * NARROWEST < outer:
-        return [
-            f"the strip is narrow: mid {mid} is under 1/{NARROWEST} of the outer {outer} and may lose information; "
-            f"mid {-(-outer // NARROWEST)} or more is usual"
-        ]
+        found = f"the strip is narrow: mid {mid} is under 1/{NARROWEST} of the outer {outer} and may lose information"
+        return [f"{found}; mid {-(-outer // NARROWEST)} or more is usual"]
     return []

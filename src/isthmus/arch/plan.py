@@ -1,4 +1,4 @@
-"""From a NetSpec and an image size to every layer with its widths, stride and shape: the one place that decides them."""
+"""From a NetSpec and an image size to every layer, its widths, stride and shape: the one place that decides them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -134,9 +134,7 @@ def stem_layers(spec: NetSpec) -> tuple[Layer, ...]:
         deep = len(stem.widths) > 1
         stride = stem.stride if index == 0 else 1
         name = f"conv1.{3 * index}" if deep else "conv1"
-        layers.append(
-            Layer(name, "conv", width, next_width, stem.kernel, stride, stem.kernel // 2, bias=bias)
-        )
+        layers.append(Layer(name, "conv", width, next_width, stem.kernel, stride, stem.kernel // 2, bias=bias))
         width = next_width
         if deep and index < len(stem.widths) - 1:
             norm_act(f"conv1.{3 * index + 1}", f"conv1.{3 * index + 2}", width)

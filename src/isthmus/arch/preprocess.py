@@ -1,14 +1,16 @@
 """How a picture becomes a network's input: the record that travels with weights, in every file we write."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, Self
+from dataclasses import dataclass, replace
+from typing import Literal, Self
 
+from isthmus import records
 from isthmus.errors import SpecError
 
-__all__ = ["IMAGENET", "Preprocess"]
+__all__ = ["IMAGENET", "ChannelOrder", "Interpolation", "Preprocess", "View"]
 
 Interpolation = Literal["bilinear", "bicubic"]
 ChannelOrder = Literal["RGB", "BGR", "L"]
+View = Literal["identity", "hflip", "vflip", "rot180"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,6 +19,7 @@ class Preprocess:
 
     `resize` is the length in pixels of the shorter side, or with `squash` of both sides; `crop` is the side of the
     square cut from the middle. `mean` and `std` are per channel in the order of `channels`, on the [0, 1] scale.
+    A prediction is the mean over `views`; one view is the picture as it is.
     """
 
     resize: int = 256
@@ -26,13 +29,13 @@ class Preprocess:
     channels: ChannelOrder = "RGB"
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    views: tuple[View, ...] = ("identity",)
 
     def __post_init__(self) -> None:
+        records.check_fields(self)
         count = len(self.channels)
-        if self.channels not in ("RGB", "BGR", "L"):
-            raise SpecError(f"preprocess channels is {self.channels!r}; it must be RGB, BGR or L")
-        if self.interpolation not in ("bilinear", "bicubic"):
-            raise SpecError(f"preprocess interpolation is {self.interpolation!r}; it must be bilinear or bicubic")
+        if not self.views:
+            raise SpecError("preprocess views is empty; 'identity' is the picture as it is")
         if len(self.mean) != count or len(self.std) != count:
             raise SpecError(
                 f"preprocess has {len(self.mean)} means and {len(self.std)} deviations for channels {self.channels}; "
@@ -45,21 +48,7 @@ class Preprocess:
 
     def at(self, size: int) -> Self:
         """The same record for another input size in pixels; the ratio of resize to crop is kept."""
-        from dataclasses import replace
-
         return replace(self, resize=round(self.resize * size / self.crop), crop=size)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, ready for JSON or TOML."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Self:
-        """The record written by `to_dict`; raises SpecError on an unknown key."""
-        unknown = set(values) - set(cls.__dataclass_fields__)
-        if unknown:
-            raise SpecError(f"preprocess has unknown keys {sorted(unknown)}; known: {list(cls.__dataclass_fields__)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 
 IMAGENET = Preprocess()

@@ -1,8 +1,9 @@
 """The network on paper: a stem, a table of stages and a head. Validated once, where it is made."""
 
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from isthmus import records
 from isthmus.arch.block import KNOWN_KINDS, Activation, AntiAlias, Attention, Norm, Shortcut
@@ -71,13 +72,12 @@ class StageSpec:
 class HeadSpec:
     """What is read off the trunk and what turns it into logits.
 
-    Pooled features of every stage in `taps`, by every way in `pools`, are concatenated; `root` takes their signed
-    square root; `hidden` above 0 puts one hidden layer with ReLU before the classifier.
+    Pooled features of every stage in `taps`, by every way in `pools`, are concatenated; `hidden` above 0 puts one
+    hidden layer with ReLU before the classifier.
     """
 
     taps: tuple[str, ...] = ("last",)
     pools: tuple[Literal["avg", "max"], ...] = ("avg",)
-    root: bool = False
     hidden: int = 0
 
     def __post_init__(self) -> None:
@@ -119,7 +119,7 @@ class NetSpec:
         check(self.num_classes >= 0, f"num_classes is {self.num_classes}; it must be 0 (pooled features) or more")
         check(0 <= self.drop_path < 1, f"drop_path is {self.drop_path}; it must lie in [0, 1)")
         check(0 < self.attention_ratio <= 1, f"attention_ratio is {self.attention_ratio}; it must lie in (0, 1]")
-        check(self.norm_eps > 0, f"norm_eps is {self.norm_eps}; it must be above 0")
+        check(0 < self.norm_eps < inf, f"norm_eps is {self.norm_eps}; it must be above 0 and finite")
         check(
             self.shortcut not in ("identity", "custom"),
             f"shortcut is {self.shortcut!r}; name a kind that can change a shape, such as conv1",
@@ -141,7 +141,7 @@ class NetSpec:
         """Whether the blocks are pre-activation, so that the trunk ends in a norm of its own."""
         return self.stages[0].block.startswith("preact")
 
-    def with_output_stride(self, output_stride: Literal[8, 16, 32]) -> Self:
+    def with_output_stride(self, output_stride: int) -> Self:
         """Strides beyond `output_stride` become dilations (Yu & Koltun 2016), as timm and torchvision do.
 
         The first block of a dilated stage keeps the dilation of the stage before it.

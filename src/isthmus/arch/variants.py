@@ -184,7 +184,7 @@ def imagenet_spec(
 
 
 def cifar_spec(name: str, depth: int, block: str, expansion: int) -> NetSpec:
-    """A network for 32×32 pictures: three stages of 16, 32 and 64 planes, and zero-padded shortcuts for basic blocks."""
+    """A network for 32×32 pictures: stages of 16, 32 and 64 planes, and zero-padded shortcuts for basic blocks."""
     stages = tuple(
         StageSpec(depth=depth, mid=width, out=width * expansion, block=block, stride=stride)
         for width, stride in ((16, 1), (32, 2), (64, 2))

@@ -3,9 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from isthmus import records
 from isthmus.arch.cost import By, Cost, Row, cost
@@ -14,12 +12,11 @@ from isthmus.arch.plan import Plan
 from isthmus.arch.plan import plan as make_plan
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant, variants
+from isthmus.cli.options import Json, Settings
 from isthmus.errors import SpecError
 from isthmus.report.tables import console, count, print_table, size
 
 __all__ = ["models", "plan"]
-
-Json = Annotated[bool, Parameter(name="--json", negative="", show_default=False, help="Print JSON instead of tables.")]
 
 
 def usual_image_size(spec: NetSpec) -> int:
@@ -62,7 +59,7 @@ def plan(
     in_channels: int | None = None,
     num_classes: int | None = None,
     output_stride: int | None = None,
-    settings: Annotated[tuple[str, ...], Parameter(name="--set", negative="", show_default=False)] = (),
+    settings: Settings = (),
     by: By = "stage",
     as_json: Json = False,
 ) -> None:
@@ -162,7 +159,7 @@ def print_economics(strips: tuple[StageEconomics, ...]) -> None:
         return
     print_table(
         "Economics of the bottleneck",
-        ("stage", "outer", "mid", "groups", "reduction", "MACs", "params", "equal basic", "break-even mid"),
+        ("stage", "outer", "mid", "groups", "ratio", "MACs", "params", "equal basic", "break even"),
         (
             (
                 strip.name,
@@ -179,7 +176,7 @@ def print_economics(strips: tuple[StageEconomics, ...]) -> None:
         ),
         note=(
             "MACs and params: a block against two plain 3×3 convolutions of the same outer width (100%).\n"
-            "Equal basic: the width of a basic block of the same MACs. Break-even mid: the saving is gone there."
+            "Equal basic: the width of a basic block of the same MACs. Break even: the mid at which the saving is gone."
         ),
     )
     for strip in strips:

@@ -33,7 +33,13 @@ class BlockOptions(TypedDict, total=False):
 
 
 def projection(
-    in_channels: int, out_channels: int, stride: int = 1, *, kind: Shortcut = "conv1", norm: Norm = "batch", dims: int = 2
+    in_channels: int,
+    out_channels: int,
+    stride: int = 1,
+    *,
+    kind: Shortcut = "conv1",
+    norm: Norm = "batch",
+    dims: int = 2,
 ) -> nn.Module:
     """The usual shortcut that changes shape, to pass as a block's `downsample`.
 
@@ -55,6 +61,17 @@ class ResidualBlock(nn.Module):
 
     kind: ClassVar[paper.BlockKind]
     expansion: ClassVar[int]
+    conv1: nn.Module
+    bn1: nn.Module
+    act1: nn.Module
+    conv2: nn.Module
+    bn2: nn.Module
+    act2: nn.Module
+    conv3: nn.Module
+    bn3: nn.Module
+    act3: nn.Module
+    act: nn.Module
+    downsample: nn.Module | None
 
     def __init__(
         self,
@@ -93,7 +110,12 @@ class ResidualBlock(nn.Module):
         self.spec = spec
         self.adds = spec.shortcut != "none"
         self.projects = spec.shortcut in ("conv1", "conv3", "avg", "custom")
-        made: dict[str, Any] = {"dims": spec.dims, "norm": spec.norm, "eps": spec.norm_eps, "activation": spec.activation}
+        made: dict[str, Any] = {
+            "dims": spec.dims,
+            "norm": spec.norm,
+            "eps": spec.norm_eps,
+            "activation": spec.activation,
+        }
         gate: dict[str, nn.Module] = {}
         for layer in spec.main:
             if layer.name.startswith("se."):
@@ -115,7 +137,9 @@ class ResidualBlock(nn.Module):
 
     def shortcut(self, x: Tensor) -> Tensor:
         """The input brought to the shape of the main path's output."""
-        return x if self.downsample is None else self.downsample(x)
+        if self.downsample is not None:
+            x = self.downsample(x)
+        return x
 
 
 class BottleneckBlock(ResidualBlock):
@@ -132,7 +156,8 @@ class BottleneckBlock(ResidualBlock):
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.aa(self.act2(self.bn2(self.conv2(out))))
         out = self.drop_path(self.se(self.bn3(self.conv3(out))))
-        return self.act(out + self.shortcut(x)) if self.adds else self.act(out)
+        result: Tensor = self.act(out + self.shortcut(x)) if self.adds else self.act(out)
+        return result
 
 
 class BasicBlock(ResidualBlock):
@@ -147,7 +172,8 @@ class BasicBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = self.aa(self.act1(self.bn1(self.conv1(x))))
         out = self.drop_path(self.se(self.bn2(self.conv2(out))))
-        return self.act(out + self.shortcut(x)) if self.adds else self.act(out)
+        result: Tensor = self.act(out + self.shortcut(x)) if self.adds else self.act(out)
+        return result
 
 
 class PreActBottleneckBlock(ResidualBlock):
@@ -162,7 +188,7 @@ class PreActBottleneckBlock(ResidualBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         active = self.act1(self.bn1(x))
-        out = self.act2(self.bn2(self.conv1(active)))
+        out: Tensor = self.act2(self.bn2(self.conv1(active)))
         out = self.act3(self.bn3(self.conv2(out)))
         out = self.drop_path(self.se(self.conv3(out)))
         return out + self.shortcut(active if self.projects else x) if self.adds else out

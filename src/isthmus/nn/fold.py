@@ -5,6 +5,7 @@ In evaluation a batch norm is one scale and one shift a channel, which the convo
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ def pairs(net: ResNet) -> list[tuple[str, str]]:
     names = [name for name, module in net.named_modules() if isinstance(module, Conv | BatchNorm)]
     modules = dict(net.named_modules())
     found = []
-    for conv, norm in zip(names, names[1:], strict=False):
+    for conv, norm in pairwise(names):
         if isinstance(modules[conv], Conv) and isinstance(modules[norm], BatchNorm):
             found.append((conv, norm))
     return found
@@ -69,7 +70,7 @@ def fold(net: ResNet) -> ResNet:
         )
     folded, state, modules = sibling(net, "none"), net.state_dict(), dict(net.named_modules())
     for conv, norm in pairs(net):
-        weight, bias = fold_tensors(state[f"{conv}.weight"], state.get(f"{conv}.bias"), modules[norm])  # type: ignore[arg-type]
+        weight, bias = fold_tensors(state[f"{conv}.weight"], state.get(f"{conv}.bias"), modules[norm])
         state[f"{conv}.weight"], state[f"{conv}.bias"] = weight, bias
         for key in [key for key in state if key.startswith(f"{norm}.")]:
             del state[key]

@@ -24,7 +24,12 @@ def initialise(net: nn.Module, *, zero_init: bool = True) -> None:
             nn.init.zeros_(module.bias)
     for block in net.modules():
         # A plain block has nothing but its main path, which must not be switched off.
-        if zero_init and isinstance(block, ResidualBlock) and block.adds and not isinstance(block, PreActBottleneckBlock):
+        if (
+            zero_init
+            and isinstance(block, ResidualBlock)
+            and block.adds
+            and not isinstance(block, PreActBottleneckBlock)
+        ):
             last = block.get_submodule("bn2" if block.kind == "basic" else "bn3")
             if isinstance(weight := getattr(last, "weight", None), torch.Tensor):
                 nn.init.zeros_(weight)

@@ -59,7 +59,7 @@ def add_layer(module: nn.Module, name: str, child: nn.Module) -> None:
 
 
 class AveragePool(nn.Module):
-    """Mean over `kernel`; at stride 1 over maps padded with zeros at the end, so that the size stays (timm's dilated D)."""
+    """Mean over `kernel`; at stride 1 of maps with zeros at the end, so that the size stays (timm's dilated D)."""
 
     def __init__(self, kernel: int, stride: int, dims: int, *, ceil: bool) -> None:
         super().__init__()
@@ -124,7 +124,8 @@ class SqueezeExcite(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *size) to the same shape."""
         pooled = x.mean(tuple(range(2, x.ndim)), keepdim=True)
-        return x * self.fc2(self.act(self.fc1(pooled))).sigmoid()
+        gate: Tensor = self.fc2(self.act(self.fc1(pooled)))
+        return x * gate.sigmoid()
 
 
 class EfficientChannelAttention(nn.Module):
@@ -136,12 +137,12 @@ class EfficientChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *size) to the same shape."""
-        gate = self.conv(x.mean(tuple(range(2, x.ndim))).unsqueeze(1)).sigmoid()
-        return x * gate.view(x.shape[0], -1, *(1,) * (x.ndim - 2))
+        gate: Tensor = self.conv(x.mean(tuple(range(2, x.ndim))).unsqueeze(1))
+        return x * gate.sigmoid().view(x.shape[0], -1, *(1,) * (x.ndim - 2))
 
 
 class DropPath(nn.Module):
-    """Drops the whole branch of a sample with probability `rate` in training (Huang et al. 2016), and rescales the rest."""
+    """Drops a sample's whole branch with probability `rate` in training, and rescales the rest (Huang et al. 2016)."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -24,14 +24,29 @@ class ResNet(nn.Module):
     when such a block is missing or gives another shape than the plan.
     """
 
-    def __init__(self, plan: Plan, *, blocks: Mapping[str, type[nn.Module]] | None = None, zero_init: bool = True) -> None:
+    conv1: nn.Module
+    bn1: nn.Module
+    act1: nn.Module
+    maxpool: nn.Module
+    norm: nn.Module
+    act: nn.Module
+    fc: nn.Module
+
+    def __init__(
+        self, plan: Plan, *, blocks: Mapping[str, type[nn.Module]] | None = None, zero_init: bool = True
+    ) -> None:
         super().__init__()
         self.plan, self.spec = plan, plan.spec
         self.preprocess: Preprocess = IMAGENET
         self.classes: tuple[str, ...] = ()
         self.frozen: tuple[str, ...] = ()
         spec = plan.spec
-        made: dict[str, Any] = {"dims": spec.dims, "norm": spec.norm, "eps": spec.norm_eps, "activation": spec.activation}
+        made: dict[str, Any] = {
+            "dims": spec.dims,
+            "norm": spec.norm,
+            "eps": spec.norm_eps,
+            "activation": spec.activation,
+        }
         for layer in plan.stem:
             add_layer(self, layer.name, make_layer(layer, **made))
         for optional in ("bn1", "act1", "maxpool"):
@@ -50,7 +65,7 @@ class ResNet(nn.Module):
         initialise(self, zero_init=zero_init)
 
     def features(self, x: Tensor, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
-        """The named maps of `plan.features`, all or those in `names`: (N, channels, H / stride, W / stride), rounded up.
+        """The maps of `plan.features`, all or those in `names`: (N, channels, H / stride, W / stride), rounded up.
 
         `stem` is taken before its pool, `last` after the final norm of a pre-activation network. Nothing beyond the
         last name asked for is computed.
@@ -82,14 +97,12 @@ class ResNet(nn.Module):
     def pool(self, maps: list[Tensor]) -> Tensor:
         """Maps (N, C, *size) pooled as the head asks, side by side: (N, plan.num_features)."""
         head = self.spec.head
-        parts = [
-            x.flatten(2).mean(2) if pool == "avg" else x.flatten(2).amax(2) for x in maps for pool in head.pools
-        ]
-        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-        return out.sign() * out.abs().sqrt() if head.root else out
+        parts = [x.flatten(2).mean(2) if pool == "avg" else x.flatten(2).amax(2) for x in maps for pool in head.pools]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc(self.pooled(x))
+        logits: Tensor = self.fc(self.pooled(x))
+        return logits
 
     def train(self, mode: bool = True) -> Self:
         """As nn.Module.train, but what `freeze` froze stays in evaluation."""
@@ -131,7 +144,7 @@ def make_block(planned: PlannedBlock, own: dict[str, type[nn.Module]]) -> nn.Mod
     wanted = (1, spec.out_channels, *(side // spec.stride,) * spec.dims)
     if found != wanted:
         raise SpecError(
-            f"{planned.name}: your block {spec.kind!r} gives {found} where the plan says {wanted}; change the block, or "
-            f"the stage's out and stride"
+            f"{planned.name}: your block {spec.kind!r} gives {found} where the plan says {wanted}; change the "
+            f"block, or the stage's out and stride"
         )
     return made()

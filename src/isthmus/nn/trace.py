@@ -1,4 +1,4 @@
-"""Cost of any torch module, read off a run on meta tensors: for blocks of your own, and as the plan's second witness."""
+"""Cost of any torch module, read off a run on meta tensors: for your own blocks, and as the plan's second witness."""
 
 import copy
 from typing import Any

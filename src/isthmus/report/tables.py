@@ -27,7 +27,9 @@ def size(pixels: tuple[int, ...]) -> str:
 
 def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]], *, note: str = "") -> None:
     """A table whose first column is left-aligned and the rest right-aligned, with a note below it."""
-    table = Table(title=title or None, title_justify="left", title_style="bold", caption=note or None, box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title or None, title_justify="left", title_style="bold", caption=note or None, box=box.SIMPLE_HEAD
+    )
     table.caption_justify, table.caption_style = "left", "dim"
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")

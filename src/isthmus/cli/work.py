@@ -1,0 +1,240 @@
+"""Commands that train networks and use them."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from isthmus.cli.options import Device, Json, Settings
+from isthmus.errors import RecipeError
+from isthmus.report.tables import console, print_table
+
+__all__ = ["evaluate", "predict", "train"]
+
+
+def train(
+    *,
+    data: str | None = None,
+    weights: str | None = None,
+    arch: str | None = None,
+    freeze: str | None = None,
+    recipe: str | None = None,
+    out: Path | None = None,
+    resume: Path | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    lr: float | None = None,
+    image_size: int | None = None,
+    head: Literal["chosen", "linear"] | None = None,
+    val_fraction: float | None = None,
+    seed: int | None = None,
+    settings: Settings = (),
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network on your pictures and leave a run folder.
+
+    Parameters
+    ----------
+    data
+        A folder of class folders (or of train/ and val/), a .csv file of path,label, or elpv.
+    weights
+        Where to start: demo, a weight file, or a run folder. Without it, --arch is trained from scratch.
+    arch
+        A name from `isthmus models`; needed where the weights do not say it.
+    freeze
+        What stays as it is: trunk (the default: features are computed once and a head is trained on them), stem,
+        layer1 and so on up to that stage, or none.
+    recipe
+        probe, linear-probe, finetune, scratch, or a TOML file; the other options change single settings of it.
+    out
+        The run folder; the next free number under runs/ unless given.
+    resume
+        A run folder to go on with; its recipe is used as it is.
+    epochs
+        Passes over the pictures.
+    batch_size
+        Pictures a step.
+    lr
+        Peak learning rate.
+    image_size
+        Pixels a side; as the weights ask unless given.
+    head
+        For a frozen trunk: chosen by cross-validation, or linear.
+    val_fraction
+        Part of the pictures to validate on, where the data is not divided already.
+    seed
+        Decides the split, the order and every random number.
+    settings
+        Any setting of the recipe, such as 'augment.vflip=true' or 'views=["identity"]'; may be repeated.
+    """
+    from isthmus.report.terminal import TerminalReporter
+    from isthmus.run import RECIPE, fit
+    from isthmus.train import recipe as recipes
+    from isthmus.train.loop import Interrupted
+
+    given: dict[str, Any] = {
+        "data": data,
+        "weights": weights,
+        "arch": arch,
+        "freeze": freeze,
+        "epochs": epochs,
+        "batch_size": batch_size,
+        "lr": lr,
+        "image_size": image_size,
+        "head": head,
+        "val_fraction": val_fraction,
+        "seed": seed,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if resume is not None:
+        if given or settings or recipe or out:
+            raise RecipeError("--resume goes on with the run's own recipe; leave the other options out")
+        chosen = recipes.Recipe.from_file(resume / RECIPE)
+    elif recipe is not None and recipe.endswith(".toml"):
+        chosen = recipes.changed(recipes.Recipe.from_file(Path(recipe)), **given)
+    else:
+        if "data" not in given:
+            raise RecipeError("--data is missing: a folder of class folders, a .csv file, or elpv")
+        usual = "scratch" if weights is None else "finetune" if freeze not in (None, "trunk") else "probe"
+        chosen = recipes.recipe(recipe or usual, **given)
+    chosen = recipes.override(chosen, settings)
+    with TerminalReporter() as reporter:
+        try:
+            run = fit(chosen, resume or out or "", resume=resume is not None, device=device, reporter=reporter)
+        except Interrupted as stopped:
+            reporter.say(str(stopped))
+            sys.exit(130)
+    if as_json:
+        print(json.dumps(run.scores.to_dict() | {"run": str(run.folder), "seconds": run.seconds}, indent=2))  # noqa: T201
+        return
+    print_scores(run.scores)
+    console.print(f"Done in {run.seconds:.0f} s. Use it: isthmus predict {run.folder} PICTURES", soft_wrap=True)
+
+
+def evaluate(
+    run: str,
+    *,
+    data: str = "",
+    batch_size: int = 32,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a run on its validation pictures, or on other labelled pictures.
+
+    Parameters
+    ----------
+    run
+        A run folder or a weight file with metadata.
+    data
+        Pictures as `isthmus train` takes them; all of them are used. Without it, the validation part of the run's own.
+    batch_size
+        Pictures a step.
+    precision
+        The machine's best unless given.
+    """
+    from isthmus.report.terminal import TerminalReporter
+    from isthmus.run import evaluate as measure
+
+    with TerminalReporter() as reporter:
+        scores = measure(run, data, batch_size=batch_size, precision=precision, device=device, reporter=reporter)
+    if as_json:
+        print(json.dumps(scores.to_dict(), indent=2))  # noqa: T201
+        return
+    print_scores(scores)
+
+
+def predict(
+    run: str,
+    *pictures: Annotated[Path, Parameter(required=True)],
+    out: Path | None = None,
+    top: int = 5,
+    batch_size: int = 32,
+    precision: Literal["fp32", "bf16", "fp16"] | None = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Tell the classes of pictures.
+
+    Parameters
+    ----------
+    run
+        A run folder or a weight file with metadata.
+    pictures
+        Files and folders.
+    out
+        A CSV file to write; the terminal shows the first rows.
+    top
+        Classes a picture, the most probable first.
+    batch_size
+        Pictures a step.
+    precision
+        The machine's best unless given.
+    """
+    from isthmus.report.terminal import TerminalReporter
+    from isthmus.run import predict as tell
+
+    with TerminalReporter() as reporter:
+        rows = tell(
+            run,
+            *pictures,
+            out=out or "",
+            top=top,
+            batch_size=batch_size,
+            precision=precision,
+            device=device,
+            reporter=reporter,
+        )
+    bad = [row for row in rows if row.error]
+    if as_json:
+        document = [
+            {
+                "path": str(row.path),
+                "classes": dict(zip(row.classes, row.probabilities, strict=True)),
+                "error": row.error,
+            }
+            for row in rows
+        ]
+        print(json.dumps(document, indent=2))  # noqa: T201
+    else:
+        shown = [row for row in rows if not row.error][: 20 if out else len(rows)]
+        print_table(
+            f"{len(rows) - len(bad)} pictures",
+            ("picture", "class", "probability", "next"),
+            (
+                (
+                    row.path.name,
+                    row.classes[0],
+                    f"{row.probabilities[0]:.1%}",
+                    f"{row.classes[1]} {row.probabilities[1]:.1%}" if len(row.classes) > 1 else "",
+                )
+                for row in shown
+            ),
+            note=f"All rows are in {out}." if out else "",
+        )
+    for row in bad:
+        print(f"skipped {row.error}", file=sys.stderr)  # noqa: T201
+    if bad:
+        print(f"{len(bad)} of {len(rows)} pictures could not be read", file=sys.stderr)  # noqa: T201
+
+
+def print_scores(scores: Any) -> None:
+    """Accuracy, the rows of the classes, the confusion matrix."""
+    five = f" · top-5 {scores.top5:.2%}" if scores.top5 is not None else ""
+    console.print(
+        f"[bold]accuracy {scores.accuracy:.2%}[/] · balanced {scores.balanced_accuracy:.2%}{five} · "
+        f"{scores.correct} of {scores.seen} right"
+    )
+    confusion = scores.confusion.tolist()
+    few = len(scores.classes) <= 12  # wider matrices do not fit a terminal; --json has them all
+    print_table(
+        "",
+        ("class", "precision", "recall", "pictures", *(f"as {name}" for name in scores.classes if few)),
+        (
+            (row.name, f"{row.precision:.1%}", f"{row.recall:.1%}", row.support, *(line if few else ()))
+            for row, line in zip(scores.per_class(), confusion, strict=True)
+        ),
+    )

@@ -1,0 +1,66 @@
+"""A trained network ready to run: folded where that is possible, channels_last, in the machine's best precision."""
+
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.data.augment import views as seen_in
+from isthmus.data.loader import Batch, Loader
+from isthmus.data.transform import normalise
+from isthmus.errors import SpecError
+from isthmus.evaluation.metrics import Tally
+from isthmus.nn.fold import fold
+from isthmus.nn.network import ResNet
+from isthmus.runtime import Machine, Precision
+
+__all__ = ["Inference"]
+
+DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Inference:
+    """Runs the trunk of a network in `precision` and its pooling and classifier in fp32; the network is not touched.
+
+    Logits are the mean over the views that the network's preprocessing names.
+    """
+
+    def __init__(self, net: ResNet, machine: Machine, precision: Precision | None = None) -> None:
+        self.machine, self.record = machine, net.preprocess
+        self.precision: Precision = precision or machine.precision
+        self.dtype = DTYPE[self.precision]
+        self.head: nn.Module = copy.deepcopy(net.fc).eval().to(machine.torch_device)
+        try:
+            trunk = fold(net)
+        except SpecError:  # pre-activation, group norm or own blocks: as it is
+            trunk = copy.deepcopy(net)
+        self.trunk = trunk.eval().to(machine.torch_device, self.dtype).to(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def pooled(self, images: Tensor) -> Tensor:
+        """What the classifier sees of uint8 images (N, C, H, W), in one view: fp32 (N, features)."""
+        x = normalise(images.to(self.machine.torch_device), self.record)
+        x = x.to(self.dtype, memory_format=torch.channels_last)
+        taps = self.trunk.spec.head.taps
+        maps = self.trunk.features(x, taps)
+        return self.trunk.pool([maps[name].float() for name in taps])
+
+    @torch.inference_mode()
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits of uint8 images (N, C, H, W), averaged over the views: fp32 (N, classes)."""
+        views: Sequence[Tensor] = seen_in(images, self.record.views)
+        total: Tensor = sum(self.head(self.pooled(view)) for view in views)
+        return total / len(views)
+
+    def run(self, loader: Loader) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches of an evaluation loader, each with its logits on the CPU."""
+        for batch in loader.epoch(0):
+            yield batch, self.logits(batch.images).cpu()
+
+    def evaluate(self, loader: Loader) -> Tally:
+        """The scores on a labelled loader."""
+        tally = Tally(loader.pictures.classes)
+        for batch, logits in self.run(loader):
+            tally.add(logits, batch.labels)
+        return tally
