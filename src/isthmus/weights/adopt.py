@@ -19,6 +19,8 @@ from isthmus.weights.layouts import LAYOUTS, pairs, to_native
 __all__ = ["candidates", "check_same_function"]
 
 TOLERANCE = 1e-3  # in single precision; a wrong stride place or filter is off by more than a tenth
+FIRST = ("conv1.weight", "conv1.0.weight", "stem.conv.weight", "stem.conv1.weight")
+LAST = ("fc.weight", "head.fc.weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -30,26 +32,25 @@ def candidates(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
     head = next((tensors[name] for name in LAST if name in tensors), None)
     total = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith(STATISTICS))
     names = []
+    rules = LAYOUTS[layout]
     for name in variants():
         spec = replace(variant(name), in_channels=stem.shape[1], num_classes=0 if head is None else len(head))
         # Counting is quicker than building by three orders.
-        if spec.preact == LAYOUTS[layout].preact and cost(spec).params == total and _fits(tensors, layout, spec):
+        possible = not rules.rules or spec.preact == rules.preact
+        if possible and cost(spec).params == total and _fits(tensors, layout, spec):
             names.append(name)
     return names
-
-
-FIRST = ("conv1.weight", "conv1.0.weight", "stem.conv.weight", "stem.conv1.weight")
-LAST = ("fc.weight", "head.fc.weight")
 
 
 def _fits(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> bool:
     with torch.device("meta"):
         wanted = ResNet(plan(spec)).state_dict()
     found = to_native(tensors, layout, spec)
-    shapes = (
-        {key: item.shape for key, item in each.items() if not key.endswith(STATISTICS)} for each in (wanted, found)
+    learnt, given = (
+        {name: tensor.shape for name, tensor in state.items() if not name.endswith(STATISTICS[-1])}
+        for state in (wanted, found)
     )
-    return next(shapes) == next(shapes)
+    return learnt == given
 
 
 def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:

@@ -155,8 +155,8 @@ def _unpickled(path: Path) -> Any:
             raise _damaged(path, ValueError("not the pickle that torch writes")) from error
         raise WeightsError(
             f"{path} holds Python objects ({found[1] or found[2]}) and not only tensors; reading them could run any "
-            f"code, so it is refused. Where you made the file, save tensors: torch.save(net.state_dict(), 'weights.pth') "
-            f"or, better, safetensors.torch.save_file(net.state_dict(), 'weights.safetensors')"
+            f"code, so it is refused. Where it was made, save tensors: torch.save(net.state_dict(), 'weights.pth'), "
+            f"or better safetensors.torch.save_file(net.state_dict(), 'weights.safetensors')"
         ) from error
     except Exception as error:  # a damaged pickle raises anything: EOFError, KeyError, RuntimeError, ...
         raise _damaged(path, error) from error

@@ -80,9 +80,9 @@ def to_native(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> dict
     back = {rule.foreign: rule for rule in pairs(layout, spec)}
     for key, tensor in tensors.items():
         module, _, leaf = key.rpartition(".")
-        rule = back.get(module, Rule(module, module))
-        pointwise = rule.pointwise and leaf == "weight" and tensor.ndim > 2
-        renamed[f"{rule.native}.{leaf}"] = tensor.flatten(1) if pointwise else tensor
+        rule = back.get(module)
+        name = f"{rule.native}.{leaf}" if rule else key
+        renamed[name] = tensor.flatten(1) if rule and rule.pointwise and leaf == "weight" else tensor
     return renamed
 
 
@@ -92,9 +92,10 @@ def from_native(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> di
     rules = {rule.native: rule for rule in pairs(layout, spec)}
     for key, tensor in tensors.items():
         module, _, leaf = key.rpartition(".")
-        rule = rules.get(module, Rule(module, module))
-        pointwise = rule.pointwise and leaf == "weight"
-        renamed[f"{rule.foreign}.{leaf}"] = tensor[(..., *(None,) * spec.dims)] if pointwise else tensor
+        rule = rules.get(module)
+        name = f"{rule.foreign}.{leaf}" if rule else key
+        pointwise = rule and rule.pointwise and leaf == "weight"
+        renamed[name] = tensor[(..., *(None,) * spec.dims)] if pointwise else tensor
     return renamed
 
 

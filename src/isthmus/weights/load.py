@@ -30,6 +30,8 @@ __all__ = ["LoadReport", "Origin", "create", "load", "load_weights", "read_netwo
 SCHEMA = 1
 MODEL_FILE = "model.safetensors"
 HEAD = "fc."
+FREE = ("stages", "head", "drop_path", "in_channels", "num_classes", "name")  # what a network may have of its own
+SPATIAL = ("stride", "stride_block", "dilation", "first_dilation")
 COUNTER = ".num_batches_tracked"
 
 Blocks = Mapping[str, type[nn.Module]]
@@ -367,45 +369,20 @@ def _check_fit(source: Source, ready: dict[str, Tensor], wanted: dict[str, Tenso
 
 
 def _compared(source: Source, spec: NetSpec) -> list[str]:
-    """Notes on stages that differ in stride or dilation; raises WeightsError where the functions differ in kind."""
+    """Notes on stages that stride or dilate elsewhere; raises WeightsError where the networks differ in kind."""
     if source.spec is None:
         return []
-    theirs = source.spec
-    same: tuple[str, ...] = (
-        "stem",
-        "shortcut",
-        "stride_at",
-        "norm",
-        "norm_eps",
-        "activation",
-        "attention",
-        "anti_alias",
-        "dims",
-    )
-    if spec.norm == theirs.norm == "none":
-        same = tuple(name for name in same if name != "norm_eps")
-    wrong = [
-        f"{name} {_plain(getattr(theirs, name))} there and {_plain(getattr(spec, name))} here"
-        for name in same
-        if getattr(theirs, name) != getattr(spec, name)
-    ]
-    if wrong:
-        raise WeightsError(
-            f"{source.name} is for another network: {'; '.join(wrong)}; make the network from its own spec: "
-            f"load({source.name!r})"
-        )
-    return [
-        f"layer{number} has stride {mine.stride} and dilation {mine.dilation} where the source has {their.stride} and "
-        f"{their.dilation}"
-        for number, (mine, their) in enumerate(zip(spec.stages, theirs.stages, strict=False), 1)
-        if (mine.stride, mine.dilation, mine.first_dilation) != (their.stride, their.dilation, their.first_dilation)
-    ]
-
-
-def _plain(value: Any) -> str:
-    return (
-        ", ".join(f"{name}={item}" for name, item in to_dict(value).items()) if hasattr(value, "pool") else str(value)
-    )
+    theirs, mine = to_dict(source.spec), to_dict(spec)
+    kind = [name for name in mine if name not in FREE and mine[name] != theirs[name]]
+    if kind:
+        wrong = "; ".join(f"{name} is {theirs[name]} there and {mine[name]} here" for name in kind)
+        raise WeightsError(f"{source.name} is for another network: {wrong}; make its own: load({source.name!r})")
+    notes = []
+    for number, stages in enumerate(zip(mine["stages"], theirs["stages"], strict=False), 1):
+        here, there = ({name: stage[name] for name in SPATIAL} for stage in stages)
+        if here != there:
+            notes.append(f"layer{number} has {here} and the source {there}")
+    return notes
 
 
 def _assumed(spec: NetSpec) -> tuple[str, ...]:
