@@ -187,7 +187,7 @@ def test_candidates_of_a_foreign_layout_and_of_no_network(tmp_path):
     with pytest.raises(WeightsError, match=r"fit resnetv2_50d\. Say it"):
         load(tmp_path / "a.pth")
     torch.save(network().state_dict(), tmp_path / "a.pth")
-    with pytest.raises(WeightsError, match="none of the table fits"):
+    with pytest.raises(WeightsError, match="no network of the table has its names and shapes"):
         load(tmp_path / "a.pth")
 
 
@@ -297,6 +297,7 @@ def test_a_new_head(saved):
     assert "fc.weight" not in report.loaded
     assert torch.equal(net.conv1.weight, before.conv1.weight)
     assert read_network(path, num_classes=3)[1].adapted == ()
+    assert not load(path, num_classes=3, head="new").fc.bias.any()
     kept = network(seed=1)
     report = load_weights(kept, path, head="new")
     assert report.initialised

@@ -1,5 +1,6 @@
 """ONNX graphs read by structure: what was written comes back, the demo computes the same, the rest is named."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from isthmus.arch.plan import plan
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
-from isthmus.errors import WeightsError
+from isthmus.errors import MissingExtraError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights import catalog
 from isthmus.weights.load import load
@@ -209,6 +210,12 @@ def test_truncated(tmp_path, part):
     path.write_bytes(path.read_bytes()[: int(part * path.stat().st_size)])
     with pytest.raises(WeightsError, match=r"a\.onnx"):
         read_onnx(path)
+
+
+def test_without_the_library(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    with pytest.raises(MissingExtraError, match=r'pip install "isthmus\[onnx\]"'):
+        read_onnx("a.onnx")
 
 
 def test_missing(tmp_path):

@@ -109,14 +109,16 @@ def load(
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    head: Head | None = None,
     blocks: Blocks | None = None,
 ) -> ResNet:
     """The network that a file of ours, a run folder, an ONNX file or a name of the catalog describes, evaluating.
 
-    `num_classes` and `in_channels` adapt it, as in `create`; `read_network` returns the report too. Raises
-    WeightsError, or RunError for a run folder without a model.
+    `num_classes` and `in_channels` adapt it, as in `create`; `head="new"` starts the classifier afresh even where the
+    number of classes is the same. `read_network` returns the report too. Raises WeightsError, or RunError for a run
+    folder without a model.
     """
-    return read_network(ref_or_path, num_classes=num_classes, in_channels=in_channels, blocks=blocks)[0]
+    return read_network(ref_or_path, num_classes=num_classes, in_channels=in_channels, head=head, blocks=blocks)[0]
 
 
 def read_network(
@@ -124,13 +126,18 @@ def read_network(
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
+    head: Head | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[ResNet, LoadReport]:
     """As `load`, with the report."""
     source = _source(ref_or_path, None)
     if source.spec is None:
         names = candidates(source.tensors, source.layout)
-        fits = f"its names and shapes fit {listed(names, 6)}" if names else "and none of the table fits"
+        fits = (
+            f"its names and shapes fit {listed(names, 6)}"
+            if names
+            else "no network of the table has its names and shapes"
+        )
         raise WeightsError(
             f"{source.name} does not say which network it is for; {fits}. Say it: net = "
             f"create({names[0] if names else 'your_spec'!r}); load_weights(net, {str(ref_or_path)!r})"
@@ -141,7 +148,7 @@ def read_network(
     else:
         with torch.device("meta"):  # no memory and no random numbers for what the file brings anyway
             net = ResNet(net_plan)
-    head: Head = "keep" if num_classes is None else "adapt"
+    head = head or ("keep" if num_classes is None else "adapt")
     tensors, report = _fitted(net, source, head=head, adapt_input=in_channels is not None)
     net.load_state_dict(tensors, assign=True)
     for name, module in list(net.named_modules()):
