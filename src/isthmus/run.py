@@ -34,7 +34,8 @@ from isthmus.weights.load import create, load, load_weights, save_weights
 __all__ = ["Prediction", "Run", "evaluate", "fit", "predict"]
 
 MEASURED_BATCHES = 8  # pictures × batches behind the statistics of a re-inserted batch norm
-MODEL, RECIPE, SCORES, ENVIRONMENT = "model.safetensors", "recipe.toml", "evaluation.json", "environment.json"
+MODEL, START = "model.safetensors", "start.safetensors"
+RECIPE, SCORES, ENVIRONMENT = "recipe.toml", "evaluation.json", "environment.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,8 +83,10 @@ def fit(
     if recipe.freeze == "trunk":
         net, scores = fit_probe(net, data, recipe, here, precision, reporter)
     else:
-        net = ready_to_train(net, data, recipe)
-        net = train_network(net, data, recipe, here, folder, reporter, resume=resume)
+        if not resume:
+            net = ready_to_train(net, data, recipe, here, precision, reporter)
+            save_weights(net, folder / START)
+        net = train_network(load(folder / START), data, recipe, here, folder, reporter, resume=resume)
         val = Loader(pictures=data.val, record=net.preprocess, batch_size=recipe.batch_size, train=False)
         scores = Inference(net, here, precision).evaluate(val)
     seconds = time.perf_counter() - began
@@ -113,11 +116,11 @@ def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
     """The network before training: weights, classes, and the preprocessing that the recipe changes."""
     torch.manual_seed(recipe.seed)
     if not recipe.arch:
-        net = load(recipe.weights, num_classes=len(classes))
+        net = load(recipe.weights, num_classes=len(classes), head="new")
     else:
         net = create(recipe.arch, num_classes=len(classes))
         if recipe.weights:
-            load_weights(net, recipe.weights, head="adapt")
+            load_weights(net, recipe.weights, head="new")
     net.preprocess = adapted(net.preprocess, recipe)
     net.classes = classes
     return net
@@ -129,8 +132,17 @@ def adapted(record: Preprocess, recipe: Recipe) -> Preprocess:
     return replace(record, crop=crop, resize=round(crop / recipe.crop_part), views=recipe.views)
 
 
-def ready_to_train(net: ResNet, data: DataSet, recipe: Recipe) -> ResNet:
-    """A network whose batch norm was folded away gets it back, with statistics of the new pictures."""
+def ready_to_train(
+    net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter
+) -> ResNet:
+    """The network that gradient training starts from.
+
+    A pretrained trunk gets the head that suits it frozen, so that the first steps do not spoil it (Kumar et al. 2022),
+    and batch norm that was folded away comes back, with statistics of the new pictures.
+    """
+    if recipe.weights and recipe.head == "chosen":
+        net, scores = fit_probe(net, data, recipe, here, precision, reporter)
+        reporter.say(f"frozen trunk: validation {scores.accuracy:.1%}; from here on the other layers train too")
     if net.spec.norm != "none":
         return net
     loader = Loader(

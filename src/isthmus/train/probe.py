@@ -85,9 +85,10 @@ class Choice:
 
 
 def candidates(stages: tuple[str, ...]) -> tuple[Probe, ...]:
-    """One MLP each on the last map, on the one before it (often the better one to transfer), and on both."""
-    last, before = "last", stages[-2] if len(stages) > 1 else stages[-1]
-    return (Probe(taps=(before,)), Probe(taps=(before, last)), Probe(taps=(last,)))
+    """An MLP each on the last map, on the one before it (often the better one to transfer), on both, on all before."""
+    *early, _ = stages
+    readings = (("last",), tuple(early[-1:]), (*early[-1:], "last"), tuple(early))
+    return tuple(Probe(taps=taps) for taps in dict.fromkeys(readings) if taps)
 
 
 def choose(
