@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +23,11 @@ from isthmus.errors import DataError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.nn.fold import insert_batchnorm
+from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision, machine, versions
 from isthmus.train.features import extract, with_head
-from isthmus.train.loop import train_network
+from isthmus.train.loop import CHECKPOINT, LOG, Interrupted, train_network, write_log
 from isthmus.train.probe import LINEAR, Choice, Features, Probe, apply_head, candidates, choose, fit_head
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
@@ -33,6 +35,7 @@ from isthmus.weights.load import create, load, load_weights, save_weights
 
 __all__ = ["Prediction", "Run", "evaluate", "fit", "predict"]
 
+FOLDS = 3  # of the cross-validation that chooses a head
 MEASURED_BATCHES = 8  # pictures × batches behind the statistics of a re-inserted batch norm
 MODEL, START = "model.safetensors", "start.safetensors"
 RECIPE, SCORES, ENVIRONMENT = "recipe.toml", "evaluation.json", "environment.json"
@@ -69,26 +72,37 @@ def fit(
     """Train as `recipe` says and leave a run folder: recipe, log, checkpoint, model with metadata, scores.
 
     `out` defaults to the next free number under runs/. `data` takes the place of what `recipe.data` names. Raises
-    RunError when `out` holds a run already (unless `resume`), Interrupted (after saving) on Ctrl-C.
+    RunError when `out` holds a run already (unless `resume`, which takes the run's own recipe), Interrupted (after
+    saving) on Ctrl-C. Nothing is written before data, recipe and weights are known to be sound.
     """
     reporter, began, here = reporter or Reporter(), time.perf_counter(), machine(device)
-    folder = run_folder(Path(out) if out else None, resume=resume)
+    folder = run_folder(Path(out) if out else None, recipe, resume=resume)
     data = data or open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     net = starting_network(recipe, data.classes)
+    make_folder(folder)
     counts = ", ".join(f"{count} {name}" for name, count in data.train.counts().items())
     reporter.say(f"{len(data.train)} pictures to train on ({counts}), {len(data.val)} to validate on")
     precision: Precision = here.precision if recipe.precision == "auto" else recipe.precision
     write_text(folder / RECIPE, recipe.to_toml())
     write_text(folder / ENVIRONMENT, json.dumps(environment(here, precision), indent=2))
-    if recipe.freeze == "trunk":
-        net, scores = fit_probe(net, data, recipe, here, precision, reporter)
-    else:
-        if not resume:
-            net = ready_to_train(net, data, recipe, here, precision, reporter)
-            save_weights(net, folder / START)
-        net = train_network(load(folder / START), data, recipe, here, folder, reporter, resume=resume)
-        val = Loader(pictures=data.val, record=net.preprocess, batch_size=recipe.batch_size, train=False)
-        scores = Inference(net, here, precision).evaluate(val)
+    try:
+        if recipe.freeze == "trunk":
+            net, scores, choices = fit_probe(net, data, recipe, here, precision, reporter)
+            write_log(folder / LOG, probe_rows(net, scores, choices))
+        else:
+            if not (resume and (folder / START).exists()):
+                net = ready_to_train(net, data, recipe, here, precision, reporter)
+                save_weights(net, folder / START)
+            # Stopped before its first step, a run has nothing to go on from and begins anew.
+            begun = any((folder / name).exists() for name in (CHECKPOINT, LOG))
+            net = load(folder / START)
+            if recipe.freeze not in ("none", "stem", *net.stages):  # the chosen head does not read so deep
+                recipe = replace(recipe, freeze="trunk")
+            net = train_network(net, data, recipe, here, folder, reporter, resume=resume and begun)
+            val = Loader(pictures=data.val, record=net.preprocess, batch_size=recipe.batch_size, train=False)
+            scores = Inference(net, here, precision).evaluate(val)
+    except KeyboardInterrupt as stop:
+        raise Interrupted(f"{str(stop) or 'stopped'}; go on with: isthmus train --resume {folder}") from stop
     seconds = time.perf_counter() - began
     net.classes = data.classes
     save_weights(net.cpu().eval(), folder / MODEL)
@@ -96,20 +110,27 @@ def fit(
     return Run(folder=folder, scores=scores, seconds=seconds)
 
 
-def run_folder(out: Path | None, *, resume: bool) -> Path:
-    """The folder of a run, made; raises RunError when it holds another run."""
+def run_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Path:
+    """The folder of a run, not made yet; raises RunError when it holds another run, or on `resume` none of `recipe`."""
     if out is None:
         taken = {path.name for path in Path("runs").glob("*")}
         out = Path("runs") / str(next(number for number in range(1, len(taken) + 2) if str(number) not in taken))
-    if resume and not (out / RECIPE).is_file():
+    holds = os.path.isfile(out / RECIPE)  # noqa: PTH113 - Path's own raises where a folder may not be read
+    if resume and not holds:
         raise RunError(f"{out} holds no run to resume ({RECIPE} is missing)")
-    if not resume and (out / RECIPE).exists():
+    if resume and Recipe.from_file(out / RECIPE) != recipe:
+        raise RunError(f"{out} was started with another recipe; go on with its own ({out / RECIPE}), or start anew")
+    if holds and not resume:
         raise RunError(f"{out} holds a run already; choose another --out, or go on with --resume {out}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {out}: {error.strerror}") from error
     return out
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it; raises RunError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
 
 
 def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
@@ -123,6 +144,7 @@ def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
             load_weights(net, recipe.weights, head="new")
     net.preprocess = adapted(net.preprocess, recipe)
     net.classes = classes
+    freeze(net, recipe.freeze)  # here already, so that an unknown name is found before anything is written
     return net
 
 
@@ -141,7 +163,7 @@ def ready_to_train(
     and batch norm that was folded away comes back, with statistics of the new pictures.
     """
     if recipe.weights and recipe.head == "chosen":
-        net, scores = fit_probe(net, data, recipe, here, precision, reporter)
+        net, scores, _ = fit_probe(net, data, recipe, here, precision, reporter)
         reporter.say(f"frozen trunk: validation {scores.accuracy:.1%}; from here on the other layers train too")
     if net.spec.norm != "none":
         return net
@@ -154,8 +176,8 @@ def ready_to_train(
 
 def fit_probe(
     net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter
-) -> tuple[ResNet, Tally]:
-    """The network with a head chosen and trained on features computed once, and its validation scores."""
+) -> tuple[ResNet, Tally, list[Choice]]:
+    """The network with a head chosen and trained on features computed once, its validation scores, and the choices."""
     probes = (LINEAR,) if recipe.head == "linear" else candidates(net.stages)
     taps = tuple(dict.fromkeys(tap for probe in probes for tap in probe.taps))
     everything = HeadSpec(taps=taps, pools=("avg", "max"))
@@ -172,7 +194,8 @@ def fit_probe(
     )
     train = features.at(range(len(data.train)))
     val = features.at(range(len(data.train), len(both)))
-    probe = best_probe(train, probes, recipe, reporter)
+    choices = compared(train, probes, recipe, reporter)
+    probe = choices[0].probe if choices else probes[0]
     layers = fit_head(train, probe, recipe.seed)
     scores = Tally(data.classes)
     scores.add(apply_head(layers, val.read_by(probe.head)).mean(0), val.labels)
@@ -182,17 +205,32 @@ def fit_probe(
         for linear, (weight, bias) in zip(linears, layers, strict=True):
             linear.weight.copy_(weight)
             linear.bias.copy_(bias)
-    return chosen, scores
+    return chosen, scores, choices
 
 
-def best_probe(train: Features, probes: Sequence[Probe], recipe: Recipe, reporter: Reporter) -> Probe:
-    """The candidate that cross-validation on the training part prefers; with one there is nothing to choose."""
+def compared(train: Features, probes: Sequence[Probe], recipe: Recipe, reporter: Reporter) -> list[Choice]:
+    """The candidates as cross-validation on the training part ranks them; none when there is nothing to choose."""
     if len(probes) == 1:
-        return probes[0]
-    if min(torch.bincount(train.labels).tolist()) < 3:
-        raise DataError("a class has fewer than 3 pictures to train on, too few to choose a head; use --head linear")
-    choices: list[Choice] = choose(train, probes, seed=recipe.seed, progress=reporter.say)
-    return choices[0].probe
+        return []
+    counts = torch.bincount(train.labels).tolist()
+    if min(counts) < FOLDS:
+        raise DataError(
+            f"the class {train.classes[counts.index(min(counts))]!r} has {min(counts)} pictures to train on, and "
+            f"choosing a head needs {FOLDS}; give it more, or take --head linear"
+        )
+    return choose(train, probes, folds=FOLDS, seed=recipe.seed, progress=reporter.say)
+
+
+def probe_rows(net: ResNet, scores: Tally, choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    """The log of a probe: what cross-validation said of each candidate, then how the chosen one validates."""
+    rows = [{"taps": list(each.probe.taps), "accuracy": each.accuracy, "loss": each.loss} for each in choices]
+    chosen = {
+        "taps": list(net.spec.head.taps),
+        "val_accuracy": scores.accuracy,
+        "val_balanced_accuracy": scores.balanced_accuracy,
+        "val_loss": scores.loss,
+    }
+    return [*rows, chosen]
 
 
 def evaluate(
@@ -255,6 +293,10 @@ def predict(
     A picture that cannot be read has its reason in `error`, and the rest goes on.
     """
     reporter, here = reporter or Reporter(), machine(device)
+    if top < 1:
+        raise RecipeError(f"top is {top}; it must be 1 or more")
+    if out and not Path(out).parent.is_dir():
+        raise RunError(f"cannot write {out}: there is no folder {Path(out).parent}; make it first")
     net = load(run)
     paths = list_pictures(*pictures)
     classes = net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
+from rich.markup import escape
 
 from isthmus.cli.options import Device, Json, Settings
 from isthmus.errors import RecipeError
@@ -111,7 +112,9 @@ def train(
         print(json.dumps(run.scores.to_dict() | {"run": str(run.folder), "seconds": run.seconds}, indent=2))  # noqa: T201
         return
     print_scores(run.scores)
-    console.print(f"Done in {run.seconds:.0f} s. Use it: isthmus predict {run.folder} PICTURES", soft_wrap=True)
+    console.print(
+        f"Done in {run.seconds:.0f} s. Use it: isthmus predict {run.folder} PICTURES", soft_wrap=True, markup=False
+    )
 
 
 def evaluate(
@@ -130,7 +133,8 @@ def evaluate(
     run
         A run folder or a weight file with metadata.
     data
-        Pictures as `isthmus train` takes them; all of them are used. Without it, the validation part of the run's own.
+        Pictures as `isthmus train` takes them; all of them are used. Without it, or where the run was trained on
+        them, its own validation part.
     batch_size
         Pictures a step.
     precision
@@ -206,14 +210,14 @@ def predict(
             ("picture", "class", "probability", "next"),
             (
                 (
-                    row.path.name,
-                    row.classes[0],
+                    escape(row.path.name),
+                    escape(row.classes[0]),
                     f"{row.probabilities[0]:.1%}",
-                    f"{row.classes[1]} {row.probabilities[1]:.1%}" if len(row.classes) > 1 else "",
+                    f"{escape(row.classes[1])} {row.probabilities[1]:.1%}" if len(row.classes) > 1 else "",
                 )
                 for row in shown
             ),
-            note=f"All rows are in {out}." if out else "",
+            note=escape(f"All rows are in {out}.") if out else "",
         )
     for row in bad:
         print(f"skipped {row.error}", file=sys.stderr)  # noqa: T201
@@ -232,9 +236,9 @@ def print_scores(scores: Any) -> None:
     few = len(scores.classes) <= 12  # wider matrices do not fit a terminal; --json has them all
     print_table(
         "",
-        ("class", "precision", "recall", "pictures", *(f"as {name}" for name in scores.classes if few)),
+        ("class", "precision", "recall", "pictures", *(escape(f"as {name}") for name in scores.classes if few)),
         (
-            (row.name, f"{row.precision:.1%}", f"{row.recall:.1%}", row.support, *(line if few else ()))
+            (escape(row.name), f"{row.precision:.1%}", f"{row.recall:.1%}", row.support, *(line if few else ()))
             for row, line in zip(scores.per_class(), confusion, strict=True)
         ),
     )

@@ -1,12 +1,24 @@
-"""What a long job looks like in a terminal: lines that stay, and a bar with pictures a second and the time left."""
+"""What a long job looks like in a terminal: lines that stay, and a bar with pictures a second and the time left.
+
+All of it goes to standard error, so that standard output holds results alone.
+"""
 
 from types import TracebackType
 from typing import Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
-from isthmus.report.tables import console
 from isthmus.train.reporter import Reporter
 
 __all__ = ["TerminalReporter"]
@@ -24,6 +36,7 @@ class TerminalReporter(Reporter):
     """A context: prints lines, and one bar a task while it runs."""
 
     def __init__(self) -> None:
+        console = Console(stderr=True, highlight=False, markup=False)
         self.bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -32,8 +45,9 @@ class TerminalReporter(Reporter):
             TimeRemainingColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
-        self.tasks: dict[str, int] = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> Self:
         self.bar.start()
@@ -49,6 +63,5 @@ class TerminalReporter(Reporter):
 
     def progress(self, task: str, done: int, total: int) -> None:
         if task not in self.tasks:
-            self.tasks[task] = int(self.bar.add_task(task, total=total))
-        identity = next(each.id for each in self.bar.tasks if each.id == self.tasks[task])
-        self.bar.update(identity, completed=done, visible=done < total)
+            self.tasks[task] = self.bar.add_task(task, total=total)
+        self.bar.update(self.tasks[task], completed=done, visible=done < total)

@@ -1,7 +1,6 @@
 """The whole state of a training run in one file, written in one step and read without running code."""
 
 import io
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +24,17 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 def load_state(path: Path) -> dict[str, Any]:
     """What `save_state` wrote; raises RunError for a missing, damaged or newer file."""
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        state: Any = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         raise RunError(f"there is no {path}; nothing to go on from") from error
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
-        raise RunError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); it is damaged or no checkpoint"
-        ) from error
-    if state.get("schema") != SCHEMA:
-        raise RunError(f"{path} has schema {state.get('schema')}; this version reads schema {SCHEMA}")
-    return state
+    except OSError as error:
+        raise RunError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # a damaged pickle raises anything: EOFError, KeyError, RuntimeError, ...
+        raise RunError(f"{path} is damaged or no checkpoint of isthmus; remove it and start the run anew") from error
+    if not isinstance(state, dict) or state.get("schema") != SCHEMA:
+        found = state.get("schema") if isinstance(state, dict) else None
+        raise RunError(f"{path} has schema {found}; this version of isthmus reads schema {SCHEMA}")
+    return dict(state)
 
 
 def random_state() -> dict[str, torch.Tensor]:

@@ -15,7 +15,7 @@ from isthmus.arch.spec import HeadSpec
 from isthmus.data.augment import views as seen_in
 from isthmus.data.loader import Loader
 from isthmus.data.sources import Pictures
-from isthmus.errors import RunError
+from isthmus.errors import DataError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision
@@ -33,7 +33,7 @@ def cache_folder() -> Path:
 
 def with_head(net: ResNet, head: HeadSpec, num_classes: int) -> ResNet:
     """The same trunk under another head, its weights shared, stages that the head does not need left out."""
-    depth = max((net.stages.index(tap) + 1 if tap in net.stages else 0) for tap in head.taps)
+    depth = max((net.stages.index(tap) + 1 if tap in net.stages else 1) for tap in head.taps)  # at least one stage
     stages = net.spec.stages if "last" in head.taps else net.spec.stages[:depth]
     if net.spec.preact:  # the final norm fits the last stage alone
         stages = net.spec.stages
@@ -76,13 +76,17 @@ def extract(
                 done = rows.stop
                 reporter.progress(f"features in {len(views)} views", done, len(ordered))
         finally:
-            write_cache(path, done, values)
+            if done:
+                write_cache(path, done, values, reporter)
     return values[:, torch.tensor(order).argsort()]
 
 
 def fingerprint(net: ResNet, pictures: Pictures, precision: Precision) -> str:
     """A hash of all that decides the features: network, weights, preprocessing, precision, files."""
-    files = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in pictures.paths]
+    try:
+        files = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in pictures.paths]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}; is the data complete?") from error
     described = {
         "spec": records.to_dict(net.spec),
         "preprocess": records.to_dict(net.preprocess),
@@ -105,7 +109,10 @@ def read_cache(path: Path, shape: tuple[int, ...]) -> tuple[int, Tensor]:
     return found["done"], found["values"]
 
 
-def write_cache(path: Path, done: int, values: Tensor) -> None:
-    """Keep the features of the first `done` pictures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_state(path, {"done": done, "values": values})
+def write_cache(path: Path, done: int, values: Tensor, reporter: Reporter) -> None:
+    """Keep the features of the first `done` pictures; where that is not possible, say so and go on."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_state(path, {"done": done, "values": values})
+    except (OSError, RunError) as error:
+        reporter.say(f"the features are not kept for next time ({error}); $ISTHMUS_CACHE names another place")

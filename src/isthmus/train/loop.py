@@ -4,7 +4,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from isthmus.atomic import atomic_write
 from isthmus.data.loader import Loader
 from isthmus.data.sources import DataSet
 from isthmus.data.transform import normalise
@@ -28,11 +29,13 @@ from isthmus.train.optim import learning_rate, make_optimizer
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 
-__all__ = ["Interrupted", "log_line", "train_network"]
+__all__ = ["CHECKPOINT", "LOG", "Interrupted", "train_network", "write_log"]
+
+CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was told to stop, and its state is saved; the message says how to go on."""
+    """The run was told to stop, and its state is saved."""
 
 
 def train_network(
@@ -48,7 +51,7 @@ def train_network(
     """Train `net` in place and return the network to use: the averaged one with `recipe.ema`, else `net` itself.
 
     Writes `log.jsonl` and, at the end of every epoch and on Ctrl-C or SIGTERM, `checkpoint.pt` in the folder `run`.
-    Raises Interrupted after saving, RunError when the loss is not a number or the state cannot be saved.
+    Raises Interrupted after saving, RunError when the loss is not a number or the state cannot be saved or read.
     """
     device = machine.torch_device
     precision: Precision = machine.precision if recipe.precision == "auto" else recipe.precision
@@ -61,7 +64,8 @@ def train_network(
         seed=recipe.seed,
     )
     val = Loader(pictures=data.val, record=net.preprocess, batch_size=recipe.batch_size, train=False)
-    total, warmup = recipe.epochs * train.steps, round(recipe.warmup_epochs * train.steps)
+    total = recipe.epochs * train.steps
+    warmup = min(round(recipe.warmup_epochs * train.steps), total // 2)  # however short the run, it also cools down
 
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     if not recipe.train_norm:
@@ -75,30 +79,28 @@ def train_network(
         {"average": average} if average else {}
     )
     weights = class_weights(data, device) if recipe.balance else None
-    checkpoint, log = run / "checkpoint.pt", run / "log.jsonl"
-    first_epoch = first_step = seen = 0
+    checkpoint = run / CHECKPOINT
+    first_epoch = step = seen = 0
     losses = torch.zeros((), device=device)
+    rows: list[dict[str, Any]] = []
     torch.manual_seed(recipe.seed)
     if resume:
         state = load_state(checkpoint)
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise RunError(f"{checkpoint} is of another network or recipe than this run; start the run anew") from error
         restore_random_state(state["random"])
-        first_epoch, first_step = state["epoch"], state["step"]
-        seen, losses = state["seen"], state["losses"].to(device)
-
-    def save(epoch: int, step: int) -> None:
-        states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-        place = {"epoch": epoch, "step": step, "seen": seen, "losses": losses}
-        save_state(checkpoint, states | place | {"random": random_state()})
+        first_epoch, step, seen, rows = state["epoch"], state["step"], state["seen"], state["log"]
+        losses = state["losses"].to(device)
 
     with stop_signals() as stop:
         for epoch in range(first_epoch, recipe.epochs):
             net.train()
-            began, before, rate = time.perf_counter(), seen, 0.0
-            for batch in train.epoch(epoch, first_step):
-                at = epoch * train.steps + batch.step
-                rate = learning_rate(at, peak=recipe.lr, warmup=warmup, total=total)
+            began, before = time.perf_counter(), seen
+            for batch in train.epoch(epoch, step):
+                rate = learning_rate(epoch * train.steps + batch.step, peak=recipe.lr, warmup=warmup, total=total)
                 for group in optimizer.param_groups:
                     group["lr"] = rate * group["lr_factor"]
                 images = normalise(batch.images.to(device), net.preprocess).contiguous(
@@ -119,15 +121,13 @@ def train_network(
                 reporter.progress(
                     f"epoch {epoch + 1}/{recipe.epochs}",
                     batch.step * recipe.batch_size + len(images),
-                    train.steps * recipe.batch_size,
+                    min(train.steps * recipe.batch_size, len(data.train)),
                 )
+                step = batch.step + 1
                 if stop:
-                    save(epoch, batch.step + 1)
-                    raise Interrupted(f"stopped in epoch {epoch + 1}; go on with: isthmus train --resume {run}")
-            first_step = 0
+                    break
             speed = (seen - before) / (time.perf_counter() - began)
             mean_loss = float(losses) / max(seen, 1)
-            seen, losses = 0, torch.zeros((), device=device)
             if not math.isfinite(mean_loss):
                 raise RunError(
                     f"the training loss is {mean_loss} in epoch {epoch + 1}; lower --lr (now {recipe.lr}); the state "
@@ -135,19 +135,25 @@ def train_network(
                     if epoch
                     else f"the training loss is {mean_loss} in the first epoch; lower --lr (now {recipe.lr})"
                 )
-            save(epoch + 1, 0)
+            states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+            place = {"epoch": epoch, "step": step, "seen": seen, "losses": losses, "log": rows}
+            save_state(checkpoint, states | place | {"random": random_state()})
+            if stop:
+                raise Interrupted(f"stopped in epoch {epoch + 1} after {step} of {train.steps} steps")
+            step, seen, losses = 0, 0, torch.zeros((), device=device)
             used = averaged(average) if average is not None else net
             scores = Inference(used, machine, precision).evaluate(val)
-            log_line(
-                log,
-                epoch=epoch + 1,
-                loss=mean_loss,
-                lr=rate,
-                pictures_per_second=speed,
-                val_accuracy=scores.accuracy,
-                val_balanced_accuracy=scores.balanced_accuracy,
-                val_loss=scores.loss,
-            )
+            row = {
+                "epoch": epoch + 1,
+                "loss": mean_loss,
+                "lr": learning_rate((epoch + 1) * train.steps - 1, peak=recipe.lr, warmup=warmup, total=total),
+                "pictures_per_second": speed,
+                "val_accuracy": scores.accuracy,
+                "val_balanced_accuracy": scores.balanced_accuracy,
+                "val_loss": scores.loss,
+            }
+            rows = [*rows, row]
+            write_log(run / LOG, rows)
             reporter.say(
                 f"epoch {epoch + 1}/{recipe.epochs}: loss {mean_loss:.3f}, validation {scores.accuracy:.1%} "
                 f"(balanced {scores.balanced_accuracy:.1%}), {speed:.1f} pictures/s"
@@ -166,10 +172,10 @@ def class_weights(data: DataSet, device: torch.device) -> Tensor:
     return counts.sum() / (len(counts) * counts)
 
 
-def log_line(path: Path, **values: Any) -> None:
-    """Append one JSON line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(values) + "\n")
+def write_log(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """One JSON line a row, all rows anew, so that the log never tells of steps that the saved state has not taken."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 @contextmanager

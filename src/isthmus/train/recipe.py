@@ -1,6 +1,7 @@
 """Everything that decides a training run, in one frozen record, and the named recipes as a table."""
 
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,7 +21,8 @@ class Recipe:
     `freeze` is a point of `isthmus.freeze`; at `trunk` the head is chosen and trained on features computed once.
     `image_size` is the crop in pixels (0: as the weights ask) and `crop_part` the part of the resized side it keeps.
     `views` are the flips a prediction averages over. `train_norm` lets batch-norm statistics move. `ema` is the decay
-    of the averaged weights, 0 for none. Epochs, rate and what follows apply to gradient training, not to the probe.
+    of the averaged weights, 0 for none. The warm-up takes half of the steps at most. Epochs, rate and what follows
+    apply to gradient training, not to the probe.
     """
 
     data: str
@@ -62,10 +64,13 @@ class Recipe:
             f"crop_part is {self.crop_part}; it must lie in (0, 1]": not 0 < self.crop_part <= 1,
             f"epochs is {self.epochs}; it must be at least 1": self.epochs < 1,
             f"batch_size is {self.batch_size}; it must be at least 1": self.batch_size < 1,
-            f"lr is {self.lr}; it must be above 0": self.lr <= 0,
-            f"warmup_epochs is {self.warmup_epochs}; it must lie in 0..epochs": (
-                not 0 <= self.warmup_epochs <= self.epochs
-            ),
+            f"seed is {self.seed}; it must lie in 0..2**63 - 1": not 0 <= self.seed < 2**63,
+            f"lr is {self.lr}; it must be above 0": not 0 < self.lr < inf,
+            f"head_lr_factor is {self.head_lr_factor}; it must be above 0": not 0 < self.head_lr_factor < inf,
+            f"momentum is {self.momentum}; it must lie in [0, 1)": not 0 <= self.momentum < 1,
+            f"weight_decay is {self.weight_decay}; it must be 0 or more": not 0 <= self.weight_decay < inf,
+            f"warmup_epochs is {self.warmup_epochs}; it must be 0 or more": not 0 <= self.warmup_epochs < inf,
+            "views is empty; 'identity' is the picture as it is": not self.views,
             f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)": not 0 <= self.label_smoothing < 1,
             f"ema is {self.ema}; it must lie in [0, 1)": not 0 <= self.ema < 1,
         }
