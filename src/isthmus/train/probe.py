@@ -123,7 +123,9 @@ def fit_head(features: Features, probe: Probe, seed: int = 0) -> list[tuple[Tens
     AdamW, 5 % warm-up, cosine; the same seed gives the same head.
     """
     x, random = features.read_by(probe.head), torch.Generator().manual_seed(seed)
-    mean, std = x.mean((0, 1)), x.std((0, 1)).clamp_min(1e-6)
+    mean, std = x.mean((0, 1)), x.std((0, 1))
+    # A feature that is constant here says nothing, and divided by next to nothing it would shout elsewhere.
+    std = torch.where(std > 1e-4 * std.mean(), std, torch.inf)
     x = (x - mean) / std
     views, count, width = x.shape
     members, batch = probe.members, min(probe.batch_size, count)
