@@ -83,7 +83,9 @@ def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
     """The inverse of `fold`: batch norm behind every biased convolution, the function in evaluation unchanged.
 
     The running statistics are those of `batches` (each (N, C, H, W), preprocessed), so that training mode starts
-    close to evaluation mode; scale and shift undo them exactly. Raises SpecError unless the norm is `none`.
+    close to evaluation mode; scale and shift undo them exactly. Weights are rescaled to the size of He et al. 2015's
+    initialisation, which batch norm undoes too: a stem that was trained on pixels of 0..255 has weights so small that
+    one step at a usual rate would overwrite them. Raises SpecError unless the norm is `none`.
     """
     if net.spec.norm != "none":
         raise SpecError(f"batch norm can be inserted into a network with norm 'none'; this one has {net.spec.norm!r}")
@@ -118,11 +120,14 @@ def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
         bias = state.pop(f"{conv}.bias")
         mean = total / count
         var = (squares / count - mean.square()).clamp_min(0) * (count / max(count - 1, 1))
-        eps = modules[norm].eps
+        weight, eps = state[f"{conv}.weight"], modules[norm].eps
+        usual = (2 / (weight[0, 0].numel() * weight.shape[0] / modules[conv].groups)) ** 0.5
+        scale = usual / weight.square().mean().sqrt().clamp_min(1e-12)
+        state[f"{conv}.weight"] = weight * scale
         # The hook saw the bias too: the mean behind a bias-free convolution is less by just that.
-        target[f"{norm}.running_mean"].copy_(mean - bias)
-        target[f"{norm}.running_var"].copy_(var)
-        target[f"{norm}.weight"].copy_((var + eps).sqrt())
+        target[f"{norm}.running_mean"].copy_((mean - bias) * scale)
+        target[f"{norm}.running_var"].copy_(var * scale**2)
+        target[f"{norm}.weight"].copy_((var + eps / scale**2).sqrt())
         target[f"{norm}.bias"].copy_(mean)
         target[f"{norm}.num_batches_tracked"].zero_()
     for key, value in state.items():

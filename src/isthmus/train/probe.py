@@ -5,7 +5,7 @@ classifier of an ordinary ResNet, with the standardisation of the features folde
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal
 
@@ -59,7 +59,7 @@ class Probe:
     taps: tuple[str, ...]
     pools: tuple[Literal["avg", "max"], ...] = ("avg", "max")
     hidden: int = 128
-    members: int = 3
+    members: int = 4
     dropout: float = 0.5
     lr: float = 2e-3
     weight_decay: float = 1e-2
@@ -72,6 +72,7 @@ class Probe:
         return HeadSpec(taps=self.taps, pools=self.pools, hidden=self.hidden * self.members)
 
 
+LEAST_STEPS = 300  # a hundred pictures are one batch, and thirty steps would not take the weights anywhere
 LINEAR = Probe(taps=("last",), pools=("avg",), hidden=0, members=1, dropout=0.0, lr=1e-2)
 
 
@@ -85,9 +86,9 @@ class Choice:
 
 
 def candidates(stages: tuple[str, ...]) -> tuple[Probe, ...]:
-    """An MLP each on the last map, on the one before it (often the better one to transfer), on both, on all before."""
+    """An MLP each on the last map, on the one before it (often the better one to transfer), on two, on all before."""
     *early, _ = stages
-    readings = (("last",), tuple(early[-1:]), (*early[-1:], "last"), tuple(early))
+    readings = (("last",), tuple(early[-1:]), tuple(early[-2:]), tuple(early))
     return tuple(Probe(taps=taps) for taps in dict.fromkeys(readings) if taps)
 
 
@@ -98,13 +99,13 @@ def choose(
     parts = stratified_folds(features.labels.tolist(), folds, seed)
     choices = []
     for probe in probes:
-        tally = Tally(features.classes)
+        tally, single = Tally(features.classes), replace(probe, members=1)  # one member ranks them as well as all
         for held in parts:
             inside = set(held)
             rest = [index for index in range(len(features.labels)) if index not in inside]
-            layers = fit_head(features.at(rest), probe, seed)
+            layers = fit_head(features.at(rest), single, seed)
             out = features.at(held)
-            tally.add(apply_head(layers, out.read_by(probe.head)).mean(0), out.labels)
+            tally.add(apply_head(layers, out.read_by(single.head)).mean(0), out.labels)
         choices.append(Choice(probe=probe, accuracy=tally.accuracy, loss=tally.loss))
         progress(f"head on {' + '.join(probe.taps)}: {tally.accuracy:.1%} in {folds} folds of the training part")
     return sorted(choices, key=lambda choice: (-choice.accuracy, choice.loss))
@@ -141,8 +142,9 @@ def fit_head(features: Features, probe: Probe, seed: int = 0) -> list[tuple[Tens
         [tensor for layer in layers for tensor in layer], betas=(0.9, 0.99), weight_decay=probe.weight_decay, fused=True
     )
     steps = count // batch
-    total, step = steps * probe.epochs, 0
-    for _ in range(probe.epochs):
+    epochs = max(probe.epochs, -(-LEAST_STEPS // steps))
+    total, step = steps * epochs, 0
+    for _ in range(epochs):
         order = torch.stack([torch.randperm(count, generator=random) for _ in range(members)])
         view = torch.randint(views, (members, count), generator=random)
         for start in range(0, steps * batch, batch):
