@@ -104,9 +104,10 @@ def read_cache(path: Path, shape: tuple[int, ...]) -> tuple[int, Tensor]:
     """How many pictures are cached, and room for all with these filled in; an unreadable cache counts as none."""
     try:
         found = load_state(path)
-    except RunError:
+        done, values = found["done"], found["values"]
+    except (RunError, KeyError):
         return 0, torch.empty(shape)
-    return found["done"], found["values"]
+    return (done, values) if values.shape == shape else (0, torch.empty(shape))
 
 
 def write_cache(path: Path, done: int, values: Tensor, reporter: Reporter) -> None:

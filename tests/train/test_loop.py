@@ -1,0 +1,275 @@
+"""The loop: stopped and gone on with it gives the bits of not stopping; what is frozen stays; what fails says why."""
+
+import json
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+
+import isthmus
+from isthmus.data.augment import Augment
+from isthmus.errors import RunError
+from isthmus.evaluation.inference import Inference
+from isthmus.train.checkpoint import load_state, save_state
+from isthmus.train.loop import CHECKPOINT, LOG, Interrupted, class_weights, train_network
+from isthmus.train.recipe import Recipe
+from isthmus.train.reporter import Reporter
+from small_runs import SPEC, copied, network, same
+
+RECIPE = Recipe(
+    data="pictures",
+    weights="w",
+    freeze="none",
+    epochs=3,
+    batch_size=6,
+    lr=0.02,
+    augment=Augment(vflip=True, rotate90=True),
+    label_smoothing=0.1,
+    balance=True,
+    train_norm=True,
+    ema=0.7,
+    precision="fp32",
+)
+STEPS = 3  # of an epoch: 20 pictures to train on in batches of 6
+
+
+def fresh():
+    """A network that drops paths, so that torch's own random numbers count."""
+    return network(replace(SPEC, num_classes=2, drop_path=0.3))
+
+
+def rows(folder) -> list[dict]:
+    found = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    for row in found:
+        assert row.pop("pictures_per_second") >= 0
+    return found
+
+
+def equal(one, other) -> bool:
+    """Whether nested states are equal to the last bit."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(one[key], other[key]) for key in one)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+class Stops(Reporter):
+    """Raises a signal after so many steps."""
+
+    def __init__(self, steps: int, number: signal.Signals = signal.SIGINT) -> None:
+        self.left, self.number = steps, number
+
+    def progress(self, task, done, total):
+        assert 0 < done <= total
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(self.number)
+
+
+@pytest.fixture
+def train(data, here, tmp_path):
+    def call(name="run", recipe=RECIPE, reporter=None, *, resume=False, net=None):
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        found = train_network(net or fresh(), data, recipe, here, folder, reporter or Reporter(), resume=resume)
+        return folder, found
+
+    return call
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("ema", [0.0, 0.7])
+def test_stopping_anywhere_changes_nothing(train, number, ema):
+    recipe = replace(RECIPE, ema=ema)
+    straight, wanted = train("straight", recipe)
+    assert [row["epoch"] for row in rows(straight)] == [1, 2, 3]
+    wanted_state = load_state(straight / CHECKPOINT)
+    for steps in (1, STEPS, STEPS + 2, 3 * STEPS):  # in the middle, at the last step of an epoch, at the very last step
+        handler = signal.getsignal(number)
+        with pytest.raises(
+            Interrupted, match=rf"epoch {-(-steps // STEPS)} after {(steps - 1) % STEPS + 1} of 3 steps"
+        ):
+            train(f"stopped{steps}", recipe, Stops(steps, number))
+        assert signal.getsignal(number) is handler
+        folder, found = train(f"stopped{steps}", recipe, resume=True)
+        assert same(copied(wanted), copied(found)), steps
+        state = load_state(folder / CHECKPOINT)
+        for part in ("net", "optimizer", "random", "losses", *(["average"] if ema else [])):
+            assert equal(wanted_state[part], state[part]), (steps, part)
+        assert rows(folder) == rows(straight), steps
+
+
+def test_stopping_at_every_step(train):
+    straight, wanted = train("straight")
+    for resume in [False] + [True] * (3 * STEPS - 1):
+        with pytest.raises(Interrupted):
+            train("stopped", reporter=Stops(1), resume=resume)
+    folder, found = train("stopped", resume=True)
+    assert same(copied(wanted), copied(found))
+    assert rows(folder) == rows(straight)
+
+
+def test_a_crash_after_saving_changes_nothing(train, monkeypatch):
+    """The power fails while an epoch is evaluated: its state is saved and its log line is not."""
+    straight, wanted = train("straight")
+    evaluate, calls = Inference.evaluate, []
+
+    def fails(self, loader):
+        calls.append(1)
+        if len(calls) == 2:
+            raise SystemError("the power fails")
+        return evaluate(self, loader)
+
+    monkeypatch.setattr(Inference, "evaluate", fails)
+    with pytest.raises(SystemError):
+        train("crashed")
+    assert [row["epoch"] for row in rows(straight.parent / "crashed")] == [1]
+    monkeypatch.undo()
+    folder, found = train("crashed", resume=True)
+    assert same(copied(wanted), copied(found))
+    assert rows(folder) == rows(straight)
+
+
+def test_a_finished_run_resumes_to_itself(train):
+    straight, wanted = train()
+    before = rows(straight)
+    assert same(copied(wanted), copied(train(resume=True)[1]))
+    assert rows(straight) == before
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(train):
+    one, two, other = (train(name, replace(RECIPE, seed=seed))[1] for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert same(copied(one), copied(two))
+    assert not same(copied(one), copied(other))
+
+
+@pytest.mark.parametrize("train_norm", [False, True])
+def test_what_is_frozen_does_not_move(train, train_norm):
+    net = fresh()
+    before = copied(net)
+    _, after = train(recipe=replace(RECIPE, ema=0.0, freeze="layer1", train_norm=train_norm), net=net)
+    moved = {name for name, tensor in after.state_dict().items() if not torch.equal(tensor, before[name])}
+    learnt = {name for name, _ in net.named_parameters() if name.startswith(("layer2", "fc"))}
+    statistics = {name for name in before if name.startswith("layer2") and name not in learnt}
+    assert moved == (learnt | statistics if train_norm else learnt)
+    assert any("running_mean" in name for name in statistics)
+
+
+def test_loss_goes_down_and_rates_are_logged(train):
+    folder, _ = train(recipe=replace(RECIPE, ema=0.0, epochs=6, augment=Augment(crop_scale=None)))
+    found = rows(folder)
+    assert found[-1]["loss"] < found[0]["loss"]
+    rates = [row["lr"] for row in found]
+    assert rates[0] == RECIPE.lr  # one epoch of warm-up
+    assert rates == sorted(rates, reverse=True)
+    assert 0 < rates[-1] < 1e-3
+    assert set(found[0]) == {"epoch", "loss", "lr", "val_accuracy", "val_balanced_accuracy", "val_loss"}
+
+
+def test_warm_up_leaves_time_to_cool_down(train):
+    folder, _ = train(recipe=replace(RECIPE, epochs=2, warmup_epochs=5.0))
+    rates = [row["lr"] for row in rows(folder)]
+    assert rates[0] == RECIPE.lr
+    assert rates[1] < RECIPE.lr / 2
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_diverging_run_names_the_rate(train, optimizer):
+    with pytest.raises(RunError, match=r"loss is nan in .*epoch.*lower --lr \(now 1e\+30\)"):
+        train(recipe=replace(RECIPE, lr=1e30, optimizer=optimizer, ema=0.0))
+
+
+def test_a_diverging_epoch_leaves_the_state_before_it(train, monkeypatch):
+    straight, _ = train("straight", replace(RECIPE, epochs=3))
+    before = rows(straight)[:1]
+    rate = isthmus.train.loop.learning_rate
+
+    def explodes(step, **options):
+        return 1e30 if step == STEPS else rate(step, **options)
+
+    monkeypatch.setattr(isthmus.train.loop, "learning_rate", explodes)
+    with pytest.raises(RunError, match=r"in epoch 2; .*the state before this epoch is in .*checkpoint\.pt"):
+        train("exploded", replace(RECIPE, epochs=3))
+    folder = straight.parent / "exploded"
+    assert rows(folder) == before
+    state = load_state(folder / CHECKPOINT)
+    assert (state["epoch"], state["step"]) == (0, STEPS)
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in state["net"].values())
+
+
+def test_class_weights_are_those_of_scikit_learn(data, here):
+    found = class_weights(data, here.torch_device)
+    labels = list(data.train.labels)
+    assert found.numpy() == pytest.approx(compute_class_weight("balanced", classes=np.array([0, 1]), y=labels))
+    assert found[0] > found[1]
+
+
+def test_averages_cover_parameters_and_statistics(train):
+    net, states = fresh(), []
+
+    class Watches(Reporter):
+        def progress(self, task, done, total):
+            states.append(copied(net))
+
+    _, found = train(reporter=Watches(), net=net)
+    assert len(states) == 3 * STEPS
+    wanted = {name: tensor.double() for name, tensor in states[0].items()}
+    for state in states[1:]:
+        wanted = {name: 0.7 * wanted[name] + 0.3 * tensor for name, tensor in state.items()}
+    last = copied(net)
+    for name, tensor in found.state_dict().items():
+        if tensor.is_floating_point():
+            assert torch.allclose(tensor.double(), wanted[name], rtol=1e-5, atol=1e-6), name
+            assert not torch.equal(tensor, last[name]), name
+    assert (found.preprocess, found.spec) == (net.preprocess, net.spec)
+
+
+DAMAGE = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no checkpoint"),
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-500]),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "newer": lambda path: torch.save({"schema": 99}, path),
+    "a number": lambda path: torch.save(3, path),
+    "of another network": lambda path: save_state(path, load_state(path) | {"net": {"weight": torch.zeros(1)}}),
+    "without averages": lambda path: save_state(
+        path, {key: value for key, value in load_state(path).items() if key not in ("average", "schema")}
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_checkpoint_that_cannot_be_used_is_named(train, damage):
+    with pytest.raises(Interrupted):
+        train(reporter=Stops(2))
+    folder, _ = train("other", replace(RECIPE, epochs=1))
+    path = folder.parent / "run" / CHECKPOINT
+    DAMAGE[damage](path)
+    with pytest.raises(RunError, match=r"run/checkpoint\.pt"):
+        train(resume=True)
+
+
+def test_code_in_a_checkpoint_does_not_run(train, tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "ran"), "w"))
+
+    folder, _ = train(recipe=replace(RECIPE, epochs=1))
+    torch.save({"schema": 1, "net": Runs()}, folder / CHECKPOINT)
+    with pytest.raises(RunError, match=r"checkpoint\.pt"):
+        train(recipe=replace(RECIPE, epochs=1), resume=True)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_any_batch_size(train, batch_size):
+    """7 drops the last partial batch, 100 is more than there are pictures; `Stops` checks what progress says."""
+    folder, _ = train(recipe=replace(RECIPE, batch_size=batch_size, epochs=1), reporter=Stops(0))
+    assert len(rows(folder)) == 1
