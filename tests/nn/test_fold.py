@@ -1,0 +1,178 @@
+"""Batch norm folded into convolutions and put back: the same function, and the network given is left alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from isthmus.arch.plan import plan
+from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
+from isthmus.arch.variants import variant
+from isthmus.errors import SpecError
+from isthmus.nn.fold import fold, fold_tensors, insert_batchnorm
+from isthmus.nn.freeze import freeze
+from isthmus.nn.network import ResNet
+from oracles import ours, picture, random_state, relative_error, trimmed
+
+STRUCTURES = [
+    "resnet18", "resnet18d", "resnet26", "resnet26t", "resnet50_v1", "resnet50c", "resnet50s", "wide_resnet50_2",
+    "resnext50_32x4d", "seresnet18", "seresnext26d_32x4d", "ecaresnet26t", "ecaresnetlight", "senet154", "resnetaa34d",
+    "resnetaa50", "resnetblur18", "resnetblur50d", "resnetrs50", "resnet20_cifar", "resnet164_cifar", "plain20_cifar",
+    "plain164_cifar", "test_resnet",
+]  # fmt: skip
+TOLERANCE = 1e-10
+
+
+def random_net(spec: NetSpec, size: int = 64) -> ResNet:
+    net = ResNet(plan(spec, size))
+    return ours(spec, size, random_state(net))
+
+
+def snapshot(net):
+    return {key: value.clone() for key, value in net.state_dict().items()}, [
+        module.training for module in net.modules()
+    ]
+
+
+def unchanged(net, before):
+    state, modes = snapshot(net)
+    assert list(state) == list(before[0])
+    assert all(torch.equal(value, before[0][key]) for key, value in state.items())
+    assert modes == before[1]
+    assert not any(module._forward_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_fold_is_the_same_function(name):
+    net = random_net(trimmed(variant(name))[0])
+    before, x = snapshot(net), picture(2, 3, 64, 64)
+    folded = fold(net)
+    unchanged(net, before)
+    assert not any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in folded.modules())
+    assert folded.spec == replace(net.spec, norm="none")
+    with torch.inference_mode():
+        assert relative_error(folded(x), net(x)) <= TOLERANCE
+        for found, wanted in zip(folded.features(x).values(), net.features(x).values(), strict=True):
+            assert relative_error(found, wanted) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_insert_batchnorm_is_the_same_function(name):
+    spec = replace(trimmed(variant(name))[0], norm="none")
+    net = random_net(spec)
+    before = snapshot(net)
+    batches = [picture(4, 3, 64, 64, seed=seed) for seed in range(3)]
+    normed = insert_batchnorm(net, batches)
+    unchanged(net, before)
+    assert normed.spec == replace(spec, norm="batch")
+    with torch.inference_mode():
+        x = picture(2, 3, 64, 64, seed=99)
+        assert relative_error(normed.eval()(x), net(x)) <= TOLERANCE
+        again = fold(normed)
+        assert relative_error(again(x), net(x)) <= TOLERANCE
+    assert list(again.state_dict()) == list(net.state_dict())
+    for key, value in again.state_dict().items():
+        assert relative_error(value, net.state_dict()[key]) <= TOLERANCE, key
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "seresnet18", "resnetblur18"])
+def test_training_starts_where_evaluation_is(name):
+    """On the batch that the statistics were measured on, training mode differs by the variance's n / (n - 1) alone."""
+    net = random_net(replace(variant(name), norm="none"), 96)
+    batch = picture(16, 3, 96, 96)
+    normed = insert_batchnorm(net, [batch])
+    with torch.no_grad():
+        assert relative_error(normed.train()(batch), net(batch)) < 0.05
+        stem = normed.features(batch, ("stem",))["stem"]
+        assert relative_error(stem, net.features(batch, ("stem",))["stem"]) < 1e-4
+    statistics = [module for module in normed.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert all((module.running_var >= 0).all() for module in statistics)
+
+
+def test_statistics_are_those_of_all_batches():
+    net = random_net(NetSpec(stages=(StageSpec(depth=1, mid=4, out=16),), stem=StemSpec(widths=(8,)), norm="none"), 32)
+    batches = [picture(size, 3, 32, 32, seed=size) for size in (3, 5, 1)]
+    normed = insert_batchnorm(net, iter(batches))
+    with torch.no_grad():
+        values = torch.cat([normed.conv1(batch) for batch in batches]).transpose(0, 1).flatten(1)
+    assert relative_error(normed.bn1.running_mean, values.mean(1)) <= TOLERANCE
+    assert relative_error(normed.bn1.running_var, values.var(1)) <= TOLERANCE
+
+
+def test_training_mode_given_is_given_back():
+    net = random_net(replace(variant("resnet18"), norm="none")).train()
+    assert insert_batchnorm(net, [picture(2, 3, 64, 64)]).training
+    assert net.training
+    assert fold(random_net(variant("resnet18")).train()).training
+
+
+def test_dead_channels_survive():
+    """A channel that is always the same has variance 0, and still comes out as it was."""
+    net = random_net(replace(variant("resnet18"), norm="none"))
+    with torch.no_grad():
+        net.conv1.weight[3] = 0
+    x = picture(2, 3, 64, 64)
+    normed = insert_batchnorm(net, [x]).eval()
+    with torch.inference_mode():
+        assert relative_error(normed(x), net(x)) <= TOLERANCE
+        assert torch.isfinite(normed.train()(x)).all()
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions(dims):
+    net = random_net(replace(variant("resnet26d"), dims=dims, in_channels=2), 32)
+    x = picture(2, 2, *(32,) * dims)
+    with torch.inference_mode():
+        assert relative_error(fold(net)(x), net(x)) <= TOLERANCE
+        assert relative_error(insert_batchnorm(fold(net), [x])(x), net(x)) <= TOLERANCE
+
+
+def test_what_travels_with_weights_travels_on():
+    net = random_net(replace(variant("resnet18"), num_classes=2))
+    net.classes, net.preprocess = ("cat", "dog"), net.preprocess.at(112)
+    folded = fold(net)
+    assert (folded.classes, folded.preprocess) == (net.classes, net.preprocess)
+    normed = insert_batchnorm(folded, [picture(2, 3, 64, 64)])
+    assert (normed.classes, normed.preprocess) == (net.classes, net.preprocess)
+
+
+def test_a_frozen_network_folds():
+    net = random_net(variant("resnet18"))
+    freeze(net)
+    x = picture(1, 3, 64, 64)
+    with torch.inference_mode():
+        assert relative_error(fold(net.train())(x), net(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["resnetv2_50", "resnet50_gn", "resnetv2_164_cifar"])
+def test_what_cannot_fold(name):
+    with pytest.raises(SpecError, match="cannot fold a network with norm"):
+        fold(ResNet(plan(name, 64)))
+
+
+def test_what_cannot_be_refolded_or_renormed():
+    folded = fold(random_net(variant("resnet18")))
+    with pytest.raises(SpecError, match="cannot fold a network with norm 'none'"):
+        fold(folded)
+    with pytest.raises(SpecError, match="no batch was given"):
+        insert_batchnorm(folded, [])
+    for name in ("resnet18", "resnet50_gn"):
+        with pytest.raises(SpecError, match="into a network with norm 'none'"):
+            insert_batchnorm(ResNet(plan(name, 64)), [torch.zeros(1, 3, 64, 64)])
+    with pytest.raises(SpecError, match="without running statistics"):
+        fold_tensors(torch.ones(2, 2, 1, 1), None, nn.BatchNorm2d(2, track_running_stats=False))
+
+
+def test_own_blocks_do_not_fold():
+    class Own(nn.Module):
+        def __init__(self, width_in, mid, stride, downsample):
+            super().__init__()
+            self.conv = nn.Conv2d(width_in, mid, 3, stride, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    spec = NetSpec(stages=(StageSpec(depth=1, mid=8, out=8, block="own"),))
+    with pytest.raises(SpecError, match="blocks own"):
+        fold(ResNet(plan(spec, 32), blocks={"own": Own}))
