@@ -1,6 +1,7 @@
 """Residual blocks in torch, each built from a BlockSpec."""
 
 import copy
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Self, TypedDict, Unpack
 
 import torch
@@ -99,10 +100,10 @@ class ResidualBlock(nn.Module):
 
     @classmethod
     def from_spec(cls, spec: BlockSpec) -> Self:
-        """The block that a spec describes, shortcut included."""
+        """The block that a spec describes, shortcut included; an own subclass has the layers of its base."""
         block = cls.__new__(cls)
         nn.Module.__init__(block)
-        block.build(spec, None)
+        block.build(replace(spec, kind=cls.kind), None)
         return block
 
     def build(self, spec: BlockSpec, downsample: nn.Module | None) -> None:
