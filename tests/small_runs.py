@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
 from torch import Tensor
 
 import isthmus
@@ -72,6 +73,18 @@ def copied(net: torch.nn.Module) -> dict[str, Tensor]:
 def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     """Whether two states are equal to the last bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two .safetensors files hold the same bits and the same description, in any order."""
+    (bits, facts), (other_bits, other_facts) = (read(one), read(other))
+    return same(bits, other_bits) and facts == other_facts
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a .safetensors file."""
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
 
 
 class Recorder(Reporter):

@@ -1,0 +1,493 @@
+"""Runs: what is left behind, how it is measured and used again, and what a bad start leaves behind: nothing."""
+
+import csv
+import errno
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
+
+import isthmus
+from isthmus.data.augment import Augment
+from isthmus.data.sources import DataSet, open_data
+from isthmus.data.transform import decode, evaluation_transform, normalise
+from isthmus.errors import DataError, IsthmusError, RecipeError, RunError, SpecError, WeightsError
+from isthmus.nn.fold import fold
+from isthmus.run import evaluate, fit, predict
+from isthmus.train.recipe import Recipe, recipe
+from isthmus.train.reporter import Reporter
+from small_runs import SPEC, Recorder, class_folders, copied, network, same, same_files, weights
+
+LEFT = {"recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
+TRAINED = LEFT | {"checkpoint.pt", "start.safetensors"}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    return class_folders(tmp_path_factory.mktemp("data") / "pictures", {"flower": 10, "temple": 14})
+
+
+@pytest.fixture(scope="session")
+def start(tmp_path_factory) -> dict[str, Path]:
+    """Weights of a network, of the same with its batch norm folded away (as in ONNX files), and one of two classes."""
+    folder = tmp_path_factory.mktemp("weights")
+    two = network(replace(SPEC, num_classes=2))
+    two.classes = ("cat", "dog")
+    return {
+        "plain": weights(folder / "plain.safetensors"),
+        "folded": weights(folder / "folded.safetensors", fold(network())),
+        "two": weights(folder / "two.safetensors", two),
+    }
+
+
+@pytest.fixture(scope="session")
+def linear(tmp_path_factory, pictures, start) -> Path:
+    """A finished run, the quickest kind."""
+    out = tmp_path_factory.mktemp("runs") / "linear"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ISTHMUS_CACHE", str(out.parent / "cache"))
+        fit(recipe("linear-probe", data=str(pictures), weights=str(start["plain"])), out)
+    return out
+
+
+QUICK = {"epochs": 2, "batch_size": 6, "lr": 1e-3, "precision": "fp32"}
+RECIPES = {
+    "probe": ("probe", "plain", {}),
+    "linear-probe": ("linear-probe", "plain", {}),
+    "probe, folded": ("probe", "folded", {"views": ("identity", "vflip"), "precision": "bf16"}),
+    "finetune": ("finetune", "plain", QUICK),
+    "finetune, folded": ("finetune", "folded", QUICK | {"ema": 0.9, "train_norm": True}),
+    "finetune, partly": ("finetune", "plain", QUICK | {"freeze": "layer2", "head": "linear"}),
+    "scratch": ("scratch", "", QUICK | {"arch": "test_resnet", "image_size": 32, "lr": 0.05}),
+}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_run_leaves_what_it_takes_to_use_it(name, pictures, start, tmp_path):
+    named, origin, settings = RECIPES[name]
+    made = recipe(named, data=str(pictures), weights=str(start[origin]) if origin else "", **settings)
+    recorder = Recorder()
+    run = fit(made, tmp_path / "run", reporter=recorder)
+
+    assert run.folder == tmp_path / "run"
+    assert {path.name for path in run.folder.iterdir()} == (LEFT if made.freeze == "trunk" else TRAINED)
+    assert Recipe.from_file(run.folder / "recipe.toml") == made
+    written = json.loads((run.folder / "evaluation.json").read_text())
+    assert written == run.scores.to_dict() | {"data": str(pictures), "seconds": run.seconds}
+    environment = json.loads((run.folder / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert environment["precision"] in ("fp32", "bf16")
+    rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    assert rows[-1]["val_accuracy"] == run.scores.accuracy
+    assert recorder.lines[0] == "18 pictures to train on (8 flower, 10 temple), 6 to validate on"
+
+    net = isthmus.load(run.folder)
+    assert net.classes == ("flower", "temple")
+    assert (net.preprocess.crop, net.preprocess.resize, net.preprocess.views) == (32, 32, made.views)
+    assert not net.training
+    assert net.spec.norm == ("none" if name == "probe, folded" else "batch")
+
+    # By a second way: every validation picture on its own, with labels from the names of their folders.
+    val = open_data(str(pictures), val_fraction=made.val_fraction, seed=made.seed).val
+    told = {row.path: row for row in predict(run.folder, *val.paths, precision=environment["precision"])}
+    guesses = [told[path].classes[0] for path in val.paths]
+    truth = [path.parent.name for path in val.paths]
+    assert run.scores.seen == len(truth)
+    assert run.scores.accuracy == pytest.approx(np.mean([a == b for a, b in zip(guesses, truth, strict=True)]))
+    assert run.scores.balanced_accuracy == pytest.approx(balanced_accuracy_score(truth, guesses))
+
+    again = evaluate(run.folder, precision=environment["precision"])
+    assert torch.equal(again.confusion, run.scores.confusion)
+    assert again.loss == pytest.approx(run.scores.loss, rel=1e-4)
+    assert torch.equal(
+        evaluate(run.folder, str(pictures), precision="fp32").confusion,
+        evaluate(run.folder, precision="fp32").confusion,
+    )
+
+
+def test_the_log_of_a_probe_tells_of_every_candidate(pictures, start, tmp_path):
+    recorder = Recorder()
+    run = fit(recipe("probe", data=str(pictures), weights=str(start["plain"])), tmp_path / "run", reporter=recorder)
+    *candidates, chosen = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
+    assert len(candidates) == sum(line.startswith("head on") for line in recorder.lines) > 1
+    ranks = [(-row["accuracy"], row["loss"]) for row in candidates]
+    assert ranks == sorted(ranks)
+    assert chosen["taps"] == candidates[0]["taps"] == list(isthmus.load(run.folder).spec.head.taps)
+
+
+def test_the_same_recipe_gives_the_same_model(pictures, start, tmp_path):
+    for name in ("linear-probe", "finetune"):
+        made = recipe(name, data=str(pictures), weights=str(start["plain"]), **(QUICK | {"epochs": 1}))
+        one, two = (fit(made, tmp_path / f"{name}{number}") for number in (1, 2))
+        assert same_files(one.folder / "model.safetensors", two.folder / "model.safetensors")
+        assert one.scores.to_dict() == two.scores.to_dict()
+
+
+def test_the_next_free_number_names_a_run(pictures, start, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = recipe("linear-probe", data=str(pictures), weights=str(start["plain"]))
+    assert [str(fit(made).folder) for _ in range(2)] == ["runs/1", "runs/2"]
+
+
+def test_data_may_be_given_as_it_is(pictures, start, tmp_path):
+    whole = open_data(str(pictures))
+    data = DataSet(name="mine", train=whole.val, val=whole.train)
+    run = fit(recipe("linear-probe", data="mine", weights=str(start["plain"])), tmp_path / "run", data=data)
+    assert run.scores.seen == len(whole.train)
+    assert json.loads((run.folder / "evaluation.json").read_text())["data"] == "mine"
+
+
+def test_a_classifier_of_other_classes_is_not_kept(pictures, start, tmp_path):
+    """Two classes there and two here, but not the same question."""
+    made = recipe("finetune", data=str(pictures), weights=str(start["two"]), head="linear", **(QUICK | {"lr": 1e-9}))
+    net = isthmus.load(fit(made, tmp_path / "run").folder)
+    old = isthmus.load(start["two"])
+    assert net.classes == ("flower", "temple")
+    assert torch.allclose(net.conv1.weight, old.conv1.weight, atol=1e-4)
+    assert not torch.allclose(net.fc.weight, old.fc.weight, atol=1e-2)
+
+
+def test_partly_frozen_layers_stay(pictures, start, tmp_path):
+    made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), **(QUICK | {"freeze": "layer1"}))
+    before, after = copied(network()), copied(isthmus.load(fit(made, tmp_path / "run").folder))
+    kept = [name for name in after if name.startswith(("conv1", "bn1", "layer1"))]
+    assert kept
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+
+
+def test_freezing_deeper_than_the_chosen_head_reads(pictures, start, tmp_path, monkeypatch):
+    """A head on layer1 alone leaves layer2 out of the network; `freeze = layer2` then means all there is."""
+    monkeypatch.setattr(isthmus.run, "candidates", lambda _: (replace(isthmus.train.probe.LINEAR, taps=("layer1",)),))
+    made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), **(QUICK | {"freeze": "layer2"}))
+    run = fit(made, tmp_path / "run")
+    assert isthmus.load(run.folder).stages == ("layer1",)
+    assert Recipe.from_file(run.folder / "recipe.toml") == made
+
+
+def left_over(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+class TestBadStart:
+    """Each is one error that names the culprit, and no folder is left behind."""
+
+    @pytest.fixture
+    def bad(self, pictures, start, tmp_path):
+        def call(error: type[IsthmusError], message: str, out: str = "run", **settings) -> None:
+            made = recipe("probe", **({"data": str(pictures), "weights": str(start["plain"])} | settings))
+            with pytest.raises(error) as raised:
+                fit(made, tmp_path / out)
+            assert message in str(raised.value), str(raised.value)
+            assert not (tmp_path / out).is_dir()
+
+        return call
+
+    def test_missing_folder(self, bad, tmp_path):
+        bad(DataError, f"{tmp_path / 'nowhere'} does not exist", data=str(tmp_path / "nowhere"))
+
+    def test_empty_class(self, bad, tmp_path):
+        root = class_folders(tmp_path / "set", {"flower": 3, "temple": 3})
+        (root / "nothing").mkdir()
+        bad(DataError, "the class folders ['nothing'] hold no pictures", data=str(root))
+
+    def test_one_class(self, bad, tmp_path):
+        bad(DataError, "has one class, ['flower']", data=str(class_folders(tmp_path / "set", {"flower": 4})))
+
+    def test_missing_weights(self, bad, tmp_path):
+        bad(WeightsError, "there is no file", weights=str(tmp_path / "none.safetensors"))
+
+    def test_unfinished_run_as_weights(self, bad, tmp_path):
+        (tmp_path / "unfinished").mkdir()
+        bad(RunError, "did the run finish?", weights=str(tmp_path / "unfinished"))
+
+    def test_truncated_weights(self, bad, start, tmp_path):
+        path = tmp_path / "short.safetensors"
+        path.write_bytes(start["plain"].read_bytes()[:-100])
+        bad(WeightsError, "short.safetensors is truncated", weights=str(path))
+
+    def test_unknown_network(self, bad):
+        bad(SpecError, "resnet51", arch="resnet51", weights="", freeze="none")
+
+    def test_weights_of_another_network(self, bad):
+        bad(WeightsError, "is for another network", arch="resnet50")
+
+    def test_unknown_freezing_point(self, bad):
+        bad(SpecError, "cannot freeze until 'layer9'; known: none, stem, layer1, layer2, trunk", freeze="layer9")
+
+    def test_folder_that_cannot_be_made(self, bad, tmp_path):
+        (tmp_path / "file").write_text("in the way")
+        bad(RunError, "cannot make the folder", out="file/run")
+
+
+def test_too_few_pictures_to_choose_a_head(start, tmp_path):
+    root = class_folders(tmp_path / "set", {"flower": 6, "temple": 3})
+    made = recipe("probe", data=str(root), weights=str(start["plain"]))
+    with pytest.raises(DataError, match=r"class 'temple' has 2 pictures .* take --head linear"):
+        fit(made, tmp_path / "run")
+    fit(replace(made, head="linear"), tmp_path / "linear")
+
+
+def test_an_unreadable_picture_stops_a_run(start, tmp_path):
+    root = class_folders(tmp_path / "set", {"flower": 4, "temple": 4})
+    (root / "flower" / "broken.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"flower/broken\.jpg is not a picture"):
+        fit(recipe("linear-probe", data=str(root), weights=str(start["plain"])), tmp_path / "run")
+
+
+def test_a_folder_with_a_run_is_not_overwritten(linear, pictures, start):
+    before = {path: path.read_bytes() for path in linear.iterdir()}
+    with pytest.raises(RunError, match=r"holds a run already; choose another --out, or go on with --resume"):
+        fit(recipe("linear-probe", data=str(pictures), weights=str(start["plain"])), linear)
+    assert {path: path.read_bytes() for path in linear.iterdir()} == before
+
+
+def test_resume_needs_a_run_of_this_recipe(linear, pictures, start, tmp_path):
+    made = recipe("linear-probe", data=str(pictures), weights=str(start["plain"]))
+    with pytest.raises(RunError, match=r"holds no run to resume \(recipe\.toml is missing\)"):
+        fit(made, tmp_path / "nothing", resume=True)
+    assert not (tmp_path / "nothing").exists()
+    with pytest.raises(RunError, match="was started with another recipe"):
+        fit(replace(made, seed=7), linear, resume=True)
+
+
+class Stops(Reporter):
+    """Presses Ctrl-C when a task of that name has done so many pictures."""
+
+    def __init__(self, task: str, done: int) -> None:
+        self.task, self.done = task, done
+
+    def progress(self, task, done, total):
+        if task.startswith(self.task) and done >= self.done:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("name", "stops"), [("linear-probe", ("features", 8)), ("finetune", ("features", 8)), ("finetune", ("epoch 2", 6))]
+)
+def test_a_stopped_run_goes_on_to_the_same_model(name, stops, pictures, start, tmp_path):
+    settings = {"data": str(pictures), "weights": str(start["folded"]), "val_fraction": 0.3}
+    made = recipe(name, **(settings | QUICK | {"epochs": 3, "augment": Augment(vflip=True)}))
+    wanted = fit(made, tmp_path / "straight")
+    for path in (tmp_path / "cache" / "features").iterdir():
+        path.unlink()
+    with pytest.raises(KeyboardInterrupt, match=f"go on with: isthmus train --resume {tmp_path / 'stopped'}"):
+        fit(made, tmp_path / "stopped", reporter=Stops(*stops))
+    with pytest.raises(RunError, match=r"has no model\.safetensors; is it a run folder, and did the run finish"):
+        predict(tmp_path / "stopped", pictures)
+    found = fit(made, tmp_path / "stopped", resume=True)
+    assert found.scores.to_dict() == wanted.scores.to_dict()
+    assert same_files(found.folder / "model.safetensors", wanted.folder / "model.safetensors")
+
+
+def test_a_lost_checkpoint_is_said(pictures, start, tmp_path):
+    made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), head="linear", **QUICK)
+    run = fit(made, tmp_path / "run")
+    (run.folder / "checkpoint.pt").unlink()
+    with pytest.raises(RunError, match=r"there is no .*checkpoint\.pt"):
+        fit(made, tmp_path / "run", resume=True)
+
+
+def test_a_full_disk_while_saving_the_model(pictures, start, tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half a model")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("isthmus.weights.files.save_file", full)
+    made = recipe("linear-probe", data=str(pictures), weights=str(start["plain"]))
+    with pytest.raises(RunError, match=r"cannot write .*run/model\.safetensors: No space left on device"):
+        fit(made, tmp_path / "run")
+    assert left_over(tmp_path / "run") == ["environment.json", "log.jsonl", "recipe.toml"]
+    monkeypatch.undo()
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    fit(made, tmp_path / "run", resume=True)
+    assert set(left_over(tmp_path / "run")) == LEFT
+
+
+def test_a_full_disk_while_training(pictures, start, tmp_path, monkeypatch):
+    made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), head="linear", **QUICK)
+    wanted = fit(made, tmp_path / "straight")
+    write, calls = Path.write_bytes, []
+
+    def full(self, content):
+        calls.append(self.name)
+        if len(calls) == 2:
+            write(self, bytes(content)[:100])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(RunError, match=r"cannot write .*run/checkpoint\.pt: No space left on device"):
+        fit(made, tmp_path / "run")
+    monkeypatch.undo()
+    assert all(".checkpoint.pt." in name for name in calls)
+    assert set(left_over(tmp_path / "run")) == TRAINED - {"evaluation.json", "model.safetensors"}
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    found = fit(made, tmp_path / "run", resume=True)
+    assert same(copied(isthmus.load(found.folder)), copied(isthmus.load(wanted.folder)))
+
+
+# --- evaluation
+
+
+def test_other_data_is_measured_whole(linear, tmp_path):
+    found = evaluate(linear, str(class_folders(tmp_path / "set", {"flower": 5, "temple": 3})), precision="fp32")
+    assert found.classes == ("flower", "temple")
+    assert found.confusion.sum(1).tolist() == [5, 3]
+
+
+def test_labels_are_those_of_the_network(linear, pictures, tmp_path):
+    """A table that calls the classes in another order than their names sort."""
+    paths = sorted((pictures / "flower").iterdir())[:3] + sorted((pictures / "temple").iterdir())[:2]
+    table = tmp_path / "table.csv"
+    rows = "".join(f"{path},{path.parent.name}\n" for path in reversed(paths))
+    table.write_text(f"path,label\n{rows}")
+    assert evaluate(linear, str(table)).confusion.sum(1).tolist() == [3, 2]
+
+
+def test_unknown_classes_are_named(linear, tmp_path):
+    root = class_folders(tmp_path / "set", {"brick": 2, "flower": 2, "grass": 2})
+    with pytest.raises(DataError, match=r"does not know the classes \['brick', 'grass'\]; it knows flower, temple"):
+        evaluate(linear, str(root))
+
+
+def test_a_weight_file_alone_needs_data(linear, pictures):
+    with pytest.raises(RunError, match="does not say what it was trained on; name the pictures with --data"):
+        evaluate(linear / "model.safetensors")
+    assert evaluate(linear / "model.safetensors", str(pictures)).seen == 24
+
+
+def test_missing_and_unfinished_runs(tmp_path, pictures):
+    with pytest.raises(WeightsError, match=f"there is no file {tmp_path / 'none'}"):
+        evaluate(tmp_path / "none")
+    (tmp_path / "unfinished").mkdir()
+    for use in (lambda: evaluate(tmp_path / "unfinished"), lambda: predict(tmp_path / "unfinished", pictures)):
+        with pytest.raises(RunError, match=r"unfinished has no model\.safetensors"):
+            use()
+
+
+# --- prediction
+
+
+@pytest.fixture
+def gallery(tmp_path, pictures) -> Path:
+    """Pictures of every sound kind, and files that only look like pictures."""
+    folder = tmp_path / "gallery"
+    (folder / "inner").mkdir(parents=True)
+    with Image.open(pictures / "flower" / "1.png") as flower:
+        flower.load()
+    flower.convert("CMYK").save(folder / "cmyk.jpg")
+    deep = np.asarray(flower.convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
+    flower.convert("P").save(folder / "palette.png")
+    flower.convert("RGBA").save(folder / "transparent.png")
+    flower.save(folder / "animated.gif", save_all=True, append_images=[flower.rotate(90)])
+    flower.save(folder / "inner" / "plain.png")
+    (folder / "bad_empty.jpg").touch()
+    (folder / "bad_text.jpg").write_text("this is no picture")
+    whole = (pictures / "temple" / "0.jpg").read_bytes()
+    (folder / "bad_truncated.jpg").write_bytes(whole[: len(whole) // 2])
+    return folder
+
+
+def test_unreadable_pictures_are_told_and_the_rest_goes_on(linear, gallery):
+    recorder = Recorder()
+    rows = {row.path.name: row for row in predict(linear, gallery, batch_size=2, precision="fp32", reporter=recorder)}
+    bad = {name for name, row in rows.items() if row.error}
+    assert bad == {"bad_empty.jpg", "bad_text.jpg", "bad_truncated.jpg"}
+    for name, row in rows.items():
+        if name in bad:
+            assert name in row.error
+            assert (row.classes, row.probabilities) == ((), ())
+        else:
+            assert set(row.classes) == {"flower", "temple"}
+            assert sum(row.probabilities) == pytest.approx(1, abs=1e-5)
+            assert row.probabilities[0] >= row.probabilities[1]
+    assert rows["palette.png"].classes == rows["plain.png"].classes
+    assert recorder.steps[-1] == ("predicting", 9, 9)
+
+
+def test_rows_come_in_the_order_asked_for(linear, pictures, gallery):
+    first, second = pictures / "temple" / "3.png", pictures / "flower" / "0.jpg"
+    rows = predict(linear, first, gallery / "bad_text.jpg", second, gallery / "inner", first)
+    assert [row.path for row in rows] == [first, gallery / "bad_text.jpg", second, gallery / "inner" / "plain.png"]
+
+
+def test_probabilities_are_those_of_the_network(linear, pictures):
+    path = pictures / "flower" / "2.jpg"
+    net = isthmus.load(linear)
+    with torch.no_grad():
+        image = normalise(evaluation_transform(net.preprocess)(decode(path))[None], net.preprocess)
+        wanted = dict(zip(net.classes, net(image).softmax(1)[0].tolist(), strict=True))
+    (row,) = predict(linear, path, precision="fp32")
+    assert dict(zip(row.classes, row.probabilities, strict=True)) == pytest.approx(wanted, abs=1e-5)
+    (first,) = predict(linear, path, top=1, precision="fp32")
+    assert (first.classes, first.probabilities) == (row.classes[:1], row.probabilities[:1])
+
+
+def test_the_table_that_is_written(linear, gallery, tmp_path):
+    out = tmp_path / "predictions.csv"
+    rows = predict(linear, gallery, out=out, top=9)
+    with out.open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert list(written[0]) == ["path", "class_1", "probability_1", "class_2", "probability_2", "error"]
+    for row, line in zip(rows, written, strict=True):
+        assert (line["path"], line["error"]) == (str(row.path), row.error)
+        if row.error:
+            assert {line[name] for name in line if name not in ("path", "error")} == {""}
+        else:
+            assert (line["class_1"], line["class_2"]) == row.classes
+            assert float(line["probability_1"]) == pytest.approx(row.probabilities[0], abs=1e-6)
+
+
+def test_bad_requests_for_predictions(linear, pictures, gallery, tmp_path):
+    with pytest.raises(DataError, match=r"nothing\.jpg does not exist"):
+        predict(linear, tmp_path / "nothing.jpg")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty holds no pictures"):
+        predict(linear, tmp_path / "empty")
+    with pytest.raises(DataError, match=r"none of 1 pictures can be read.*bad_text\.jpg"):
+        predict(linear, gallery / "bad_text.jpg")
+    with pytest.raises(RecipeError, match="top is 0"):
+        predict(linear, pictures, top=0)
+    with pytest.raises(DataError, match="batch size is 0"):
+        predict(linear, pictures, batch_size=0)
+    with pytest.raises(RunError, match=r"there is no folder .*/none"):
+        predict(linear, pictures, out=tmp_path / "none" / "out.csv")
+    with pytest.raises(RecipeError, match="device 'tpu' is not available here"):
+        predict(linear, pictures, device="tpu")
+    headless = weights(tmp_path / "headless.safetensors", network(replace(SPEC, num_classes=0)))
+    with pytest.raises(RecipeError, match="has no classifier"):
+        predict(headless, pictures)
+
+
+def test_classes_without_names_are_numbered(start, pictures):
+    (row,) = predict(start["plain"], pictures / "flower" / "0.jpg", top=3)
+    assert len(row.classes) == 3
+    assert set(row.classes) <= {f"class {number}" for number in range(7)}
+
+
+def test_a_full_disk_while_writing_predictions(linear, pictures, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    out = tmp_path / "out.csv"
+    out.write_text("older")
+    with pytest.raises(RunError, match=r"cannot write .*out\.csv: No space left on device; nothing was changed"):
+        predict(linear, pictures, out=out)
+    assert out.read_text() == "older"
+
+
+def test_names_of_the_package():
+    assert (isthmus.fit, isthmus.evaluate, isthmus.predict) == (fit, evaluate, predict)
