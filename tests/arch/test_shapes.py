@@ -85,6 +85,9 @@ def test_dilations_grow_as_strides_go():
     ]
     with pytest.raises(SpecError, match="output_stride 2 is below the stem's own 4"):
         variant("resnet50").with_output_stride(2)
+    with pytest.raises(SpecError, match="output_stride 12 is none that this network passes; the nearest below it is 8"):
+        variant("resnet50").with_output_stride(12)
+    assert variant("resnet50").with_output_stride(64) == variant("resnet50")
 
 
 @pytest.mark.parametrize(

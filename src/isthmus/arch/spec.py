@@ -157,6 +157,10 @@ class NetSpec:
             else:
                 reached *= stage.stride
             stages.append(stage)
+        check(
+            dilation == 1 or reached == output_stride,
+            f"output_stride {output_stride} is none that this network passes; the nearest below it is {reached}",
+        )
         return replace(self, stages=tuple(stages))
 
     def to_toml(self) -> str:

@@ -1,0 +1,40 @@
+"""The command line's surface, pinned: its commands and the options of each."""
+
+import json
+
+import pytest
+
+from isthmus.cli.main import app
+
+COMMANDS = ["models", "plan", "train", "eval", "predict", "env"]
+# Commands whose options are pinned in tests/golden/commands.json; add a name, then run pytest --regenerate.
+PINNED = ["models", "plan"]
+
+
+def options(command: str) -> dict[str, dict[str, object]]:
+    """What a command takes, by name."""
+    return {
+        argument.names[0]: {
+            "type": getattr(argument.hint, "__name__", str(argument.hint)) if not argument.get_choices() else "choice",
+            "choices": list(argument.get_choices() or ()),
+            "positional": argument.index is not None,
+            "required": bool(argument.required),
+            "default": None if argument.required else argument.field_info.default,
+            "explained": bool(argument.parameter.help),
+        }
+        for argument in app[command].assemble_argument_collection(parse_docstring=True)
+    }
+
+
+def test_commands():
+    assert [name for name in app if not name.startswith("-")] == COMMANDS
+
+
+def test_options(golden):
+    golden("commands.json", json.dumps({command: options(command) for command in PINNED}, indent=2))
+
+
+@pytest.mark.parametrize("command", PINNED)
+def test_every_option_and_command_is_explained(command):
+    assert app[command].help
+    assert [name for name, option in options(command).items() if not option["explained"]] == []
