@@ -50,7 +50,8 @@ def expectations(cls: Any) -> tuple[tuple[str, str, Callable[[Any], bool]], ...]
 
 def check_fields(record: Any, error: type[IsthmusError] = SpecError) -> None:
     """Raise `error` naming the first field whose value is not of its declared type."""
-    for name, words, holds in expectations(type(record)):
+    cls: Any = type(record)
+    for name, words, holds in expectations(cls):
         value = getattr(record, name)
         if not holds(value):
             raise error(f"{name} is {value!r}; it must be {words}")
