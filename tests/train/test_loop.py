@@ -10,13 +10,16 @@ import torch
 from sklearn.utils.class_weight import compute_class_weight
 
 import isthmus
-from isthmus.data.augment import Augment
+from isthmus.data.augment import Augment, augmented
+from isthmus.data.order import permutation, sample_generator
+from isthmus.data.transform import decode, normalise
 from isthmus.errors import RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.train.checkpoint import load_state, save_state
 from isthmus.train.loop import CHECKPOINT, LOG, Interrupted, class_weights, train_network
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
+from oracles import relative_error
 from small_runs import SPEC, copied, network, same
 
 RECIPE = Recipe(
@@ -228,6 +231,60 @@ def test_averages_cover_parameters_and_statistics(train):
             assert torch.allclose(tensor.double(), wanted[name], rtol=1e-5, atol=1e-6), name
             assert not torch.equal(tensor, last[name]), name
     assert (found.preprocess, found.spec) == (net.preprocess, net.spec)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_steps_are_those_of_a_plain_loop(train, data, here, optimizer):
+    """Written a second time, by names and formulas: augmentation, loss, decay, rates and schedule all count."""
+    recipe = replace(
+        RECIPE, optimizer=optimizer, ema=0.0, epochs=2, head_lr_factor=5.0, weight_decay=0.1, warmup_epochs=0.7
+    )
+    _, found = train(recipe=recipe)
+
+    net = fresh().train()
+    kinds = dict.fromkeys((True, False))
+    for head in kinds:
+        named = [(name, each) for name, each in net.named_parameters() if name.startswith("fc.") is head]
+        decaying = [each for name, each in named if name.endswith(("conv1.weight", "conv2.weight", "conv3.weight"))]
+        decaying += [each for name, each in named if name.endswith(("fc.weight", "downsample.0.weight"))]
+        rest = [each for _, each in named if not any(each is other for other in decaying)]
+        groups = [{"params": decaying, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+        kinds[head] = (
+            torch.optim.AdamW(groups) if optimizer == "adamw" else torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+        )
+    flower, temple = data.train.counts().values()
+    weight = torch.tensor([10 / flower, 10 / temple])
+    torch.manual_seed(0)
+    warm, total = 2, 6  # of 2 x 3 steps, 0.7 x 3 warm up
+    for step in range(total):
+        rate = 0.02 * (step + 1) / warm if step < warm else 0.01 * (1 + np.cos(np.pi * (step - warm) / (total - warm)))
+        order = permutation(20, 0, step // STEPS)[step % STEPS * 6 :][:6].tolist()
+        images = [
+            augmented(
+                decode(data.train.paths[index]),
+                Augment(vflip=True, rotate90=True),
+                net.preprocess,
+                sample_generator(0, step // STEPS, index),
+            )
+            for index in order
+        ]
+        logits = net(normalise(torch.stack(images), net.preprocess).to(memory_format=torch.channels_last))
+        labels = torch.tensor([data.train.labels[index] for index in order])
+        target = torch.full((6, 2), 0.05)  # smoothed by 0.1
+        target[torch.arange(6), labels] = 0.95
+        likely = (logits.log_softmax(1) * target * weight).sum(1)
+        loss = -likely.sum() / weight[labels].sum()
+        for head, each in kinds.items():
+            for group in each.param_groups:
+                group["lr"] = rate * (5 if head else 1)
+            each.zero_grad()
+        loss.backward()
+        for each in kinds.values():
+            each.step()
+    tolerance = 1e-2 if optimizer == "adamw" else 1e-4  # a gradient near zero may have either sign, as Adam sees it
+    for name, tensor in found.state_dict().items():
+        if tensor.is_floating_point():
+            assert relative_error(tensor, net.state_dict()[name]) < tolerance, name
 
 
 DAMAGE = {
