@@ -148,6 +148,24 @@ def test_data_may_be_given_as_it_is(pictures, start, tmp_path):
     assert json.loads((run.folder / "evaluation.json").read_text())["data"] == "mine"
 
 
+@pytest.mark.parametrize("name", ["linear-probe", "finetune"])
+def test_classes_keep_the_order_they_are_given_in(name, pictures, start, tmp_path):
+    """Names that do not sort: the labels must not be taken for those of the sorted names."""
+    sides = []
+    for part in ("train", "val"):
+        side = getattr(open_data(str(pictures)), part)
+        sides.append(replace(side, classes=("temple", "flower"), labels=tuple(1 - label for label in side.labels)))
+    data = DataSet(name=str(pictures), train=sides[0], val=sides[1])
+    made = recipe(name, data=str(pictures), weights=str(start["plain"]), head="linear", **(QUICK | {"epochs": 1}))
+    run = fit(made, tmp_path / "run", data=data)
+    assert isthmus.load(run.folder).classes == run.scores.classes == ("temple", "flower")
+    guesses = [row.classes[0] for row in predict(run.folder, *sides[1].paths, precision="fp32")]
+    found = [guess == path.parent.name for guess, path in zip(guesses, sides[1].paths, strict=True)]
+    assert run.scores.accuracy == pytest.approx(np.mean(found))
+    trained = [row.classes[0] == row.path.parent.name for row in predict(run.folder, *sides[0].paths)]
+    assert np.mean(trained) > 0.6 or name == "finetune"
+
+
 def test_a_classifier_of_other_classes_is_not_kept(pictures, start, tmp_path):
     """Two classes there and two here, but not the same question."""
     made = recipe("finetune", data=str(pictures), weights=str(start["two"]), head="linear", **(QUICK | {"lr": 1e-9}))
@@ -346,13 +364,16 @@ def test_other_data_is_measured_whole(linear, tmp_path):
     assert found.confusion.sum(1).tolist() == [5, 3]
 
 
-def test_labels_are_those_of_the_network(linear, pictures, tmp_path):
-    """A table that calls the classes in another order than their names sort."""
-    paths = sorted((pictures / "flower").iterdir())[:3] + sorted((pictures / "temple").iterdir())[:2]
-    table = tmp_path / "table.csv"
-    rows = "".join(f"{path},{path.parent.name}\n" for path in reversed(paths))
-    table.write_text(f"path,label\n{rows}")
-    assert evaluate(linear, str(table)).confusion.sum(1).tolist() == [3, 2]
+def test_labels_are_those_of_the_network(start, pictures, tmp_path):
+    """Of three classes the other data has two, so that their places differ."""
+    root = class_folders(tmp_path / "set", {"brick": 6, "flower": 6, "temple": 6})
+    run = fit(recipe("linear-probe", data=str(root), weights=str(start["plain"])), tmp_path / "run")
+    found = evaluate(run.folder, str(pictures), precision="fp32")
+    assert found.classes == ("brick", "flower", "temple")
+    assert found.confusion.sum(1).tolist() == [0, 10, 14]
+    told = [row.classes[0] for row in predict(run.folder, pictures, precision="fp32")]
+    assert found.confusion.sum(0).tolist() == [told.count(name) for name in found.classes]
+    assert [row.support for row in found.per_class()] == [0, 10, 14]
 
 
 def test_unknown_classes_are_named(linear, tmp_path):

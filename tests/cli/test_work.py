@@ -388,7 +388,7 @@ def test_the_process_ends_with_2_and_one_line(pictures, tmp_path):
 def test_ctrl_c_saves_and_the_rest_gives_the_same_model(isthmus, pictures, tmp_path):
     start = weights(tmp_path / "start.safetensors", network(replace(SPEC, drop_path=0.2)))
     given = ("--data", str(pictures), "--weights", str(start), "--freeze", "none", "--head", "linear", "--lr", "0.001")
-    given += ("--epochs", "20", "--batch-size", "3", "--set", "precision=fp32", "--set", "ema=0.9")
+    given += ("--epochs", "12", "--batch-size", "3", "--set", "precision=fp32", "--set", "ema=0.9")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert isthmus("train", *given, "--out", str(straight)).status == 0
 
@@ -398,7 +398,7 @@ def test_ctrl_c_saves_and_the_rest_gives_the_same_model(isthmus, pictures, tmp_p
     ) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
-        assert any(line.startswith("epoch 2/20: loss") for line in lines)
+        assert any(line.startswith("epoch 2/12: loss") for line in lines)
         process.send_signal(signal.SIGINT)
         told = list(lines)
     assert process.returncode == 130
@@ -416,4 +416,4 @@ def test_ctrl_c_saves_and_the_rest_gives_the_same_model(isthmus, pictures, tmp_p
         for folder in (straight, stopped)
     ]
     assert logs[0] == logs[1]
-    assert len(logs[0]) == 20
+    assert len(logs[0]) == 12

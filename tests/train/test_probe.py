@@ -1,5 +1,6 @@
 """The head of a frozen trunk: merged it is the mean of its members, repeatable, and no worse than the usual one."""
 
+from dataclasses import replace
 from itertools import permutations
 
 import pytest
@@ -76,6 +77,12 @@ def test_the_same_seed_gives_the_same_bits():
     pairs = [(a, b) for first, second in zip(one, two, strict=True) for a, b in zip(first, second, strict=True)]
     assert all(torch.equal(a, b) for a, b in pairs)
     assert not torch.equal(one[0][0], other[0][0])
+
+
+def test_units_are_dropped_in_training():
+    """The same random numbers, so that nothing but the dropping differs."""
+    one, other = (fit_head(table("wine"), replace(SMALL, dropout=dropout)) for dropout in (0.0, 0.5))
+    assert not torch.allclose(one[0][0], other[0][0], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer", "digits"])
