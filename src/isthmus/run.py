@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from isthmus import records
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec
 from isthmus.atomic import atomic_write
 from isthmus.data.loader import Loader
-from isthmus.data.sources import DataSet, Pictures, list_pictures, open_data
+from isthmus.data.sources import DataSet, Pictures, list_pictures, open_data, open_pictures
 from isthmus.data.transform import normalise
 from isthmus.errors import DataError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
@@ -28,7 +27,7 @@ from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision, machine, versions
 from isthmus.train.features import extract, with_head
 from isthmus.train.loop import CHECKPOINT, LOG, Interrupted, train_network, write_log
-from isthmus.train.probe import LINEAR, Choice, Features, Probe, apply_head, candidates, choose, fit_head
+from isthmus.train.probe import LINEAR, Choice, Features, Probe, candidates, choose, fit_head
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.weights.load import create, load, load_weights, save_weights
@@ -76,6 +75,8 @@ def fit(
     saving) on Ctrl-C. Nothing is written before data, recipe and weights are known to be sound.
     """
     reporter, began, here = reporter or Reporter(), time.perf_counter(), machine(device)
+    if data is not None:  # so that a later `evaluate` does not take other pictures for these
+        recipe = replace(recipe, data=data.name)
     folder = run_folder(Path(out) if out else None, recipe, resume=resume)
     data = data or open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     net = starting_network(recipe, data.classes)
@@ -104,7 +105,6 @@ def fit(
     except KeyboardInterrupt as stop:
         raise Interrupted(f"{str(stop) or 'stopped'}; go on with: isthmus train --resume {folder}") from stop
     seconds = time.perf_counter() - began
-    net.classes = data.classes
     save_weights(net.cpu().eval(), folder / MODEL)
     write_text(folder / SCORES, json.dumps(scores.to_dict() | {"data": data.name, "seconds": seconds}, indent=2))
     return Run(folder=folder, scores=scores, seconds=seconds)
@@ -181,9 +181,7 @@ def fit_probe(
     probes = (LINEAR,) if recipe.head == "linear" else candidates(net.stages)
     taps = tuple(dict.fromkeys(tap for probe in probes for tap in probe.taps))
     everything = HeadSpec(taps=taps, pools=("avg", "max"))
-    both = Pictures(
-        paths=data.train.paths + data.val.paths, labels=data.train.labels + data.val.labels, classes=data.classes
-    )
+    both = data.train + data.val
     reader = with_head(net, everything, 0)
     features = Features(
         values=extract(reader, both, here, precision, recipe.batch_size, reporter),
@@ -196,15 +194,13 @@ def fit_probe(
     val = features.at(range(len(data.train), len(both)))
     choices = compared(train, probes, recipe, reporter)
     probe = choices[0].probe if choices else probes[0]
-    layers = fit_head(train, probe, recipe.seed)
+    head = fit_head(train, probe, recipe.seed)
     scores = Tally(data.classes)
-    scores.add(apply_head(layers, val.read_by(probe.head)).mean(0), val.labels)
+    scores.add(head.logits(val.read_by(probe.head)).mean(0), val.labels)
     chosen = with_head(net, probe.head, len(data.classes))
-    linears = [module for module in chosen.fc.modules() if isinstance(module, nn.Linear)]
-    with torch.no_grad():
-        for linear, (weight, bias) in zip(linears, layers, strict=True):
-            linear.weight.copy_(weight)
-            linear.bias.copy_(bias)
+    if unread := net.stages[len(chosen.stages) :]:
+        reporter.say(f"the head reads {' + '.join(probe.taps)}, so {' and '.join(unread)} is left out")
+    head.fill(chosen.fc)
     return chosen, scores, choices
 
 
@@ -265,10 +261,7 @@ def evaluation_pictures(folder: Path, classes: tuple[str, ...], data: str) -> Pi
     if recipe is not None and data in ("", recipe.data):
         found = open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed).val
     elif data:
-        both = open_data(data)
-        found = Pictures(
-            paths=both.train.paths + both.val.paths, labels=both.train.labels + both.val.labels, classes=both.classes
-        )
+        found = open_pictures(data)
     else:
         raise RunError(f"{folder} does not say what it was trained on; name the pictures with --data")
     unknown = sorted(set(found.classes) - set(classes))

@@ -12,7 +12,7 @@ from isthmus.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Machine", "Precision", "machine", "versions"]
+__all__ = ["Machine", "Precision", "cores", "machine", "versions"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "onnx", "onnxruntime", "timm")
@@ -52,15 +52,25 @@ def machine(device: str | None = None) -> Machine:
     found = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     chosen = device or found
     kind = chosen.partition(":")[0]
-    if kind not in ("cpu", found):
+    try:
+        count = torch.cuda.device_count() if kind == "cuda" else 1
+        known = kind in ("cpu", found) and (torch.device(chosen).index or 0) < count
+    except RuntimeError:
+        known = False
+    if not known:
         raise RecipeError(f"device {chosen!r} is not available here; this machine has {found}")
     return Machine(
         device=chosen,
         name=torch.cuda.get_device_name(chosen) if kind == "cuda" else cpu_name(),
         precision=best_precision(kind),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=cores(),
         memory=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0,
     )
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def best_precision(kind: str) -> Precision:

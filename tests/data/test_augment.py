@@ -12,7 +12,7 @@ from isthmus.data.transform import evaluation_transform
 from isthmus.errors import RecipeError
 
 RECORD = Preprocess(resize=20, crop=16)
-STILL = Augment(hflip=False, crop_scale=None)
+STILL = Augment(hflip=False, crop_scale=())
 
 
 @pytest.fixture
@@ -32,9 +32,9 @@ def test_nothing_asked_is_the_evaluation_transform(picture):
 @pytest.mark.parametrize(
     ("augment", "expected"),
     [
-        (Augment(hflip=True, crop_scale=None), ["identity", "hflip"]),
-        (Augment(hflip=False, vflip=True, crop_scale=None), ["identity", "vflip"]),
-        (Augment(hflip=True, vflip=True, crop_scale=None), ["identity", "hflip", "vflip", "rot180"]),
+        (Augment(hflip=True, crop_scale=()), ["identity", "hflip"]),
+        (Augment(hflip=False, vflip=True, crop_scale=()), ["identity", "vflip"]),
+        (Augment(hflip=True, vflip=True, crop_scale=()), ["identity", "hflip", "vflip", "rot180"]),
     ],
 )
 def test_flips_come_equally_often(picture, augment, expected):
@@ -51,7 +51,7 @@ def test_flips_come_equally_often(picture, augment, expected):
 def test_quarter_turns(picture):
     plain = evaluation_transform(RECORD)(picture)
     possible = [torch.rot90(plain, turns, (1, 2)) for turns in range(4)]
-    images = drawn(picture, Augment(hflip=False, rotate90=True, crop_scale=None))
+    images = drawn(picture, Augment(hflip=False, rotate90=True, crop_scale=()))
     assert all(any(torch.equal(image, turn) for image in images) for turn in possible)
     assert all(any(torch.equal(image, turn) for turn in possible) for image in images)
 

@@ -165,7 +165,7 @@ def test_what_is_frozen_does_not_move(train, train_norm):
 
 
 def test_loss_goes_down_and_rates_are_logged(train):
-    folder, _ = train(recipe=replace(RECIPE, ema=0.0, epochs=6, augment=Augment(crop_scale=None)))
+    folder, _ = train(recipe=replace(RECIPE, ema=0.0, epochs=6, augment=Augment(crop_scale=())))
     found = rows(folder)
     assert found[-1]["loss"] < found[0]["loss"]
     rates = [row["lr"] for row in found]

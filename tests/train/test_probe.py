@@ -11,9 +11,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch.nn import functional as F
 
-from isthmus.arch.spec import HeadSpec
+from isthmus.arch.plan import plan
+from isthmus.arch.spec import HeadSpec, NetSpec, StageSpec
+from isthmus.nn.network import make_head
 from isthmus.train import probe as module
-from isthmus.train.probe import LINEAR, Features, Probe, apply_head, candidates, choose, fit_head
+from isthmus.train.probe import LINEAR, Features, FittedHead, Probe, candidates, choose, fit_head
 
 SMALL = Probe(taps=("last",), pools=("avg",), hidden=16, members=3)
 
@@ -39,8 +41,8 @@ def halves(features: Features) -> tuple[Features, Features]:
     return features.at(range(cut)), features.at(range(cut, len(features.labels)))
 
 
-def accuracy(layers, features: Features) -> float:
-    guesses = apply_head(layers, features.read_by(LINEAR.head)).mean(0).argmax(1)
+def accuracy(head: FittedHead, features: Features) -> float:
+    guesses = head.logits(features.read_by(LINEAR.head)).mean(0).argmax(1)
     return float((guesses == features.labels).float().mean())
 
 
@@ -49,40 +51,56 @@ def test_merged_head_is_the_mean_of_its_members(monkeypatch, probe):
     features, seen = table("wine", views=2), []
     merged = module.merged
     monkeypatch.setattr(module, "merged", lambda *given: seen.append(given) or merged(*given))
-    found = apply_head(fit_head(features, probe), features.values)
-    ((layers, mean, std),) = seen
+    head = fit_head(features, probe)
+    ((layers,),) = seen
     standard = (features.values - features.values.mean((0, 1))) / features.values.std((0, 1))
-    assert torch.allclose(mean, features.values.mean((0, 1)))
-    assert torch.allclose(std, features.values.std((0, 1)))
+    assert torch.allclose(head.mean, features.values.mean((0, 1)))
+    assert torch.allclose(head.std, features.values.std((0, 1)))
     logits = []
     for member in range(probe.members):
         x = standard
         for index, (weight, bias) in enumerate(layers):
             x = (F.relu(x) if index else x) @ weight[member] + bias[member, 0]
         logits.append(x)
-    assert torch.allclose(found, torch.stack(logits).mean(0), rtol=1e-4, atol=1e-4)
+    assert torch.allclose(head.logits(features.values), torch.stack(logits).mean(0), rtol=1e-4, atol=1e-4)
     assert probe.members == 1 or not torch.allclose(logits[0], logits[1], atol=1e-2)  # so the mean says something
 
 
 def test_shapes_are_those_of_the_head():
-    layers = fit_head(table("wine"), SMALL)
+    layers = fit_head(table("wine"), SMALL).layers
     assert [tuple(weight.shape) for weight, _ in layers] == [(48, 13), (3, 48)]
     assert [tuple(bias.shape) for _, bias in layers] == [(48,), (3,)]
-    assert SMALL.head == HeadSpec(taps=("last",), pools=("avg",), hidden=48)
-    assert LINEAR.head == HeadSpec()
+    assert SMALL.head == HeadSpec(taps=("last",), pools=("avg",), norm=True, hidden=48)
+    assert LINEAR.head == HeadSpec(norm=True)
+
+
+@pytest.mark.parametrize("probe", [SMALL, LINEAR])
+def test_a_network_with_the_head_gives_its_logits(probe):
+    """Also where a feature hardly varies, so that batch norm's epsilon would show, and where one is constant."""
+    features = table("wine", views=2)
+    features.values[..., 2] *= 1e-4
+    features.values[..., 4] = 7.0
+    stage = StageSpec(depth=1, mid=4, out=features.values.shape[-1], block="basic")
+    fc = make_head(plan(NetSpec(stages=(stage,), head=probe.head, num_classes=3))).double().eval()
+    head = fit_head(features, probe)
+    head.fill(fc)
+    found, wanted = fc(features.values[0].double()), head.logits(features.values[0])
+    assert torch.allclose(found.float(), wanted, rtol=1e-3, atol=1e-3)
 
 
 def test_the_same_seed_gives_the_same_bits():
     one, two, other = (fit_head(table("wine", views=2), SMALL, seed) for seed in (3, 3, 4))
-    pairs = [(a, b) for first, second in zip(one, two, strict=True) for a, b in zip(first, second, strict=True)]
+    pairs = [
+        (a, b) for mine, theirs in zip(one.layers, two.layers, strict=True) for a, b in zip(mine, theirs, strict=True)
+    ]
     assert all(torch.equal(a, b) for a, b in pairs)
-    assert not torch.equal(one[0][0], other[0][0])
+    assert not torch.equal(one.layers[0][0], other.layers[0][0])
 
 
 def test_units_are_dropped_in_training():
     """The same random numbers, so that nothing but the dropping differs."""
     one, other = (fit_head(table("wine"), replace(SMALL, dropout=dropout)) for dropout in (0.0, 0.5))
-    assert not torch.allclose(one[0][0], other[0][0], atol=1e-3)
+    assert not torch.allclose(one.layers[0][0], other.layers[0][0], atol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["iris", "wine", "breast_cancer", "digits"])
@@ -104,11 +122,11 @@ def test_few_pictures_still_take_many_steps():
 def test_a_constant_feature_counts_for_nothing():
     features = table("wine")
     features.values[..., 4] = 7.0
-    layers = fit_head(features, SMALL)
-    assert all(bool(torch.isfinite(tensor).all()) for layer in layers for tensor in layer)
+    head = fit_head(features, SMALL)
+    assert all(bool(torch.isfinite(tensor).all()) for layer in head.layers for tensor in layer)
     elsewhere = features.values.clone()
     elsewhere[..., 4] = 1e6
-    assert torch.equal(apply_head(layers, features.values), apply_head(layers, elsewhere))
+    assert torch.equal(head.logits(features.values), head.logits(elsewhere))
 
 
 def test_choose_uses_only_what_it_is_given():
@@ -133,7 +151,12 @@ def test_choose_uses_only_what_it_is_given():
 
 def test_equal_accuracy_is_decided_by_loss(monkeypatch):
     features = table("iris")
-    sure, unsure = ([(torch.eye(3, 4) * 0, torch.tensor([size, 0.0, 0.0]))] for size in (9.0, 0.1))
+    sure, unsure = (
+        FittedHead(
+            mean=torch.zeros(4), std=torch.ones(4), layers=((torch.zeros(3, 4), torch.tensor([size, 0.0, 0.0])),)
+        )
+        for size in (9.0, 0.1)
+    )
     heads = iter([sure] * 3 + [unsure] * 3)
     monkeypatch.setattr(module, "fit_head", lambda *_: next(heads))
     first, second = choose(features, [LINEAR, SMALL], progress=lambda _: None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
+from isthmus import records
 from isthmus.errors import ShortcutError, SpecError
 
 __all__ = ["Activation", "AntiAlias", "Attention", "BlockKind", "BlockSpec", "Layer", "Norm", "Shortcut", "projection"]
@@ -74,6 +75,8 @@ def projection(
 
     `conv1` is He et al. 2015 option B, `pad` option A; `avg` is He et al. 2018 (ResNet-D); `conv3` is SENet-154's.
     """
+    if kind not in get_args(Shortcut):
+        raise SpecError(f"there is no shortcut {kind!r}; known: {', '.join(get_args(Shortcut))}")
     if kind in ("none", "identity", "custom"):
         return ()
     if kind == "pad":
@@ -143,6 +146,9 @@ class BlockSpec:
             object.__setattr__(self, "reduce", self.mid)
         if not self.first_dilation:
             object.__setattr__(self, "first_dilation", self.dilation)
+        records.check_fields(self)
+        if self.dims not in (1, 2, 3) or not 0 <= self.drop_path < 1 or self.norm_eps <= 0:
+            raise SpecError("a block has dims 1, 2 or 3, drop_path in [0, 1) and norm_eps above 0")
         widths = (self.in_channels, self.reduce, self.mid, self.out_channels)
         if min(widths) < 1:
             raise SpecError(f"a block's widths must be at least 1; got in, reduce, mid, out = {widths}")
@@ -176,9 +182,15 @@ class BlockSpec:
             raise ShortcutError(
                 f"main path and shortcut disagree: the main path turns {self.in_channels} channels into "
                 f"{self.out_channels} at stride {self.stride}, the {self.shortcut} shortcut cannot; use "
-                f"downsample=isthmus.projection({self.in_channels}, {self.out_channels}, stride={self.stride}), "
-                f"or shortcut='conv1' in a spec"
+                f"downsample={self.mend}, or shortcut='conv1' in a spec"
             )
+
+    @property
+    def mend(self) -> str:
+        """The call that makes a shortcut which fits."""
+        special = "" if self.dims == 2 else f", dims={self.dims}"
+        special += "" if self.norm == "batch" else f", norm={self.norm!r}"
+        return f"isthmus.projection({self.in_channels}, {self.out_channels}, stride={self.stride}{special})"
 
     @cached_property
     def main(self) -> tuple[Layer, ...]:

@@ -74,19 +74,17 @@ class Plan:
     @cached_property
     def head(self) -> tuple[Layer, ...]:
         """Pooling and classifier; with `num_classes` 0 the pooled features are the output."""
-        spec = self.spec.head
-        width = self.num_features
+        head, width, classes = self.spec.head, self.num_features, self.spec.num_classes
         pool = Layer("pool", "globalpool", width, width)
-        if not self.spec.num_classes:
+        if not classes:
             return (pool,)
-        if not spec.hidden:
-            return (pool, Layer("fc", "linear", width, self.spec.num_classes, bias=True, domain="pooled"))
-        return (
-            pool,
-            Layer("fc.0", "linear", width, spec.hidden, bias=True, domain="pooled"),
-            Layer("fc.1", "act", spec.hidden, spec.hidden, domain="pooled"),
-            Layer("fc.2", "linear", spec.hidden, self.spec.num_classes, bias=True, domain="pooled"),
-        )
+        layers = [Layer("", "norm", width, width, domain="pooled")] if head.norm else []
+        if head.hidden:
+            layers.append(Layer("", "linear", width, head.hidden, bias=True, domain="pooled"))
+            layers.append(Layer("", "act", head.hidden, head.hidden, domain="pooled"))
+        layers.append(Layer("", "linear", head.hidden or width, classes, bias=True, domain="pooled"))
+        names = ["fc"] if len(layers) == 1 else [f"fc.{index}" for index in range(len(layers))]
+        return (pool, *(layer._replace(name=name) for layer, name in zip(layers, names, strict=True)))
 
     @cached_property
     def num_features(self) -> int:

@@ -72,12 +72,13 @@ class StageSpec:
 class HeadSpec:
     """What is read off the trunk and what turns it into logits.
 
-    Pooled features of every stage in `taps`, by every way in `pools`, are concatenated; `hidden` above 0 puts one
-    hidden layer with ReLU before the classifier.
+    Pooled features of every stage in `taps`, by every way in `pools`, are concatenated; `norm` standardises each of
+    them by batch norm, and `hidden` above 0 puts one hidden layer with ReLU before the classifier.
     """
 
     taps: tuple[str, ...] = ("last",)
     pools: tuple[Literal["avg", "max"], ...] = ("avg",)
+    norm: bool = False
     hidden: int = 0
 
     def __post_init__(self) -> None:

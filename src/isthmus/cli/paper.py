@@ -8,7 +8,6 @@ from typing import Any
 from isthmus import records
 from isthmus.arch.cost import By, Cost, Row, cost
 from isthmus.arch.economics import StageEconomics, economics
-from isthmus.arch.plan import Plan
 from isthmus.arch.plan import plan as make_plan
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant, variants
@@ -19,9 +18,10 @@ from isthmus.report.tables import console, count, print_table, size
 __all__ = ["models", "plan"]
 
 
-def usual_image_size(spec: NetSpec) -> int:
-    """224, or 32 for a stem that keeps the size (the CIFAR nets)."""
-    return 32 if spec.stem.stride == 1 and spec.stem.pool == "none" else 224
+def chosen_image_size(spec: NetSpec, image_size: int | None) -> int:
+    """What was asked for, else 224, or 32 for a stem that keeps the size (the CIFAR nets)."""
+    usual = 32 if spec.stem.stride == 1 and spec.stem.pool == "none" else 224
+    return usual if image_size is None else image_size
 
 
 def models(pattern: str = "*", *, image_size: int | None = None, as_json: Json = False) -> None:
@@ -37,7 +37,7 @@ def models(pattern: str = "*", *, image_size: int | None = None, as_json: Json =
     names = variants(pattern)
     if not names:
         raise SpecError(f"no network matches {pattern!r}; `isthmus models` lists all")
-    costs = {name: cost(spec := variant(name), image_size or usual_image_size(spec)) for name in names}
+    costs = {name: cost(spec := variant(name), chosen_image_size(spec, image_size)) for name in names}
     if as_json:
         print(json.dumps([{"name": name, **totals(found)} for name, found in costs.items()], indent=2))  # noqa: T201
         return
@@ -91,20 +91,21 @@ def plan(
     )
     if output_stride is not None:
         spec = spec.with_output_stride(output_stride)
-    laid_out = make_plan(spec, image_size or usual_image_size(spec))
+    laid_out = make_plan(spec, chosen_image_size(spec, image_size))
     found, strips = cost(laid_out), economics(laid_out)
+    rows = found.by(by)
     if as_json:
         document = {
             "name": spec.name,
             "image_size": laid_out.image_size,
             **totals(found),
-            "rows": [row_values(row) for row in found.by(by)],
+            "rows": [row_values(row) for row in rows],
             "economics": [strip._asdict() for strip in strips],
             "spec": records.to_dict(spec),
         }
         print(json.dumps(document, indent=2))  # noqa: T201
         return
-    print_plan(spec.name or network, laid_out, found, by)
+    print_plan(spec.name or network, found, by, rows)
     print_economics(strips)
 
 
@@ -125,9 +126,9 @@ def row_values(row: Row) -> dict[str, Any]:
     return {**row._asdict(), "flops": row.flops}
 
 
-def print_plan(name: str, laid_out: Plan, found: Cost, by: By) -> None:
+def print_plan(name: str, found: Cost, by: By, rows: tuple[Row, ...]) -> None:
     """Totals and the rows below them."""
-    spec = laid_out.spec
+    laid_out, spec = found.plan, found.plan.spec
     console.print(f"[bold]{name}[/] at {size(laid_out.image_size)}, {spec.in_channels} channels in, ", end="")
     console.print(f"{spec.num_classes} classes out" if spec.num_classes else "pooled features out")
     console.print(
@@ -148,7 +149,7 @@ def print_plan(name: str, laid_out: Plan, found: Cost, by: By) -> None:
                 count(row.macs),
                 f"{row.macs / max(found.macs, 1):.1%}",
             )
-            for row in found.by(by)
+            for row in rows
         ),
     )
 

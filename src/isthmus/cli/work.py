@@ -102,6 +102,9 @@ def train(
         usual = "scratch" if weights is None else "finetune" if freeze not in (None, "trunk") else "probe"
         chosen = recipes.recipe(recipe or usual, **given)
     chosen = recipes.override(chosen, settings)
+    named = {*given, *(setting.partition("=")[0].partition(".")[0].strip() for setting in settings)}
+    if chosen.freeze == "trunk" and (idle := sorted(named & recipes.GRADIENT_ONLY)):
+        raise RecipeError(f"{idle[0]} does nothing with a frozen trunk; add --freeze none, or leave it out")
     with TerminalReporter() as reporter:
         try:
             run = fit(chosen, resume or out or "", resume=resume is not None, device=device, reporter=reporter)

@@ -21,30 +21,30 @@ _RATIO = (3 / 4, 4 / 3)  # width over height of a random crop (Szegedy et al. 20
 class Augment:
     """Flips and quarter turns that are meaningless to the label, and the area of the random crop.
 
-    `crop_scale` is the smallest and largest part of the picture's area that a crop keeps; None keeps the evaluation's
+    `crop_scale` is the smallest and largest part of the picture's area that a crop keeps; empty, it is the evaluation's
     centre crop. Each flip happens to half of the pictures. Raises RecipeError for an impossible scale.
     """
 
     hflip: bool = True
     vflip: bool = False
     rotate90: bool = False
-    crop_scale: tuple[float, float] | None = (0.35, 1.0)
+    crop_scale: tuple[float, ...] = (0.35, 1.0)
 
     def __post_init__(self) -> None:
-        if self.crop_scale is not None and not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
+        if self.crop_scale and not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
             raise RecipeError(
                 f"crop_scale is {self.crop_scale}; it must be two parts of the area, 0 < low <= high <= 1"
             )
 
 
-def random_box(width: int, height: int, scale: tuple[float, float], random: np.random.Generator) -> Box:
+def random_box(width: int, height: int, scale: tuple[float, ...], random: np.random.Generator) -> Box:
     """A part of the picture with its area in `scale` and its sides between 3:4 and 4:3 where the picture allows.
 
     Ten tries, then the largest centred part of an allowed shape, as torchvision's RandomResizedCrop; but box edges
     may fall inside a pixel, as the resampling that follows needs no whole ones.
     """
     for _ in range(10):
-        area = random.uniform(*scale) * width * height
+        area = random.uniform(scale[0], scale[1]) * width * height
         ratio = math.exp(random.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
         wide, high = math.sqrt(area * ratio), math.sqrt(area / ratio)
         if wide <= width and high <= height:
@@ -57,7 +57,7 @@ def random_box(width: int, height: int, scale: tuple[float, float], random: np.r
 
 def augmented(image: Image.Image, augment: Augment, record: Preprocess, random: np.random.Generator) -> Tensor:
     """One picture as training sees it: uint8 (C, crop, crop), memory in order (crop, crop, C)."""
-    if augment.crop_scale is None:
+    if not augment.crop_scale:
         square = centred(image, record)
     else:
         square = cut_out(image, random_box(*image.size, augment.crop_scale, random), record)

@@ -1,6 +1,5 @@
 """Pictures to batches: decoded on threads ahead of the consumer, in an order that is arithmetic."""
 
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from isthmus.data.order import permutation, sample_generator
 from isthmus.data.sources import Pictures
 from isthmus.data.transform import decode, evaluation_transform
 from isthmus.errors import DataError
+from isthmus.runtime import cores
 
 __all__ = ["Batch", "Loader"]
 
@@ -90,7 +90,7 @@ class Loader:
         count = len(self.pictures)
         order = permutation(count, self.seed, epoch) if self.train else np.arange(count)
         labels = torch.tensor(self.pictures.labels)
-        threads = self.threads or _cores()
+        threads = self.threads or cores()
         ahead = max(2, -(-2 * threads // self.batch_size))  # small batches must not starve the threads
         pending: deque[_Pending] = deque()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="isthmus-decode")
@@ -143,8 +143,3 @@ class Loader:
         indices = torch.from_numpy(batch.indices[chosen])
         images = torch.from_numpy(batch.pixels[chosen]).permute(0, 3, 1, 2)
         yield Batch(step=batch.step, images=images, labels=labels[indices], indices=indices)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,17 @@ from isthmus.data.order import stratified_split
 from isthmus.data.transform import extensions
 from isthmus.errors import DataError, MissingExtraError
 
-__all__ = ["DataSet", "Pictures", "csv", "elpv", "elpv_pictures", "folder", "list_pictures", "open_data"]
+__all__ = [
+    "DataSet",
+    "Pictures",
+    "csv",
+    "elpv",
+    "elpv_pictures",
+    "folder",
+    "list_pictures",
+    "open_data",
+    "open_pictures",
+]
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists validates
 _ELPV_SPLITS = Path(__file__).with_name("elpv_splits.json")
@@ -38,6 +48,11 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def __add__(self, other: "Pictures") -> "Pictures":
+        """The pictures of both, under the classes of both."""
+        names = [side.classes[label] for side in (self, other) for label in side.labels]
+        return _named(self.paths + other.paths, names)
 
     def subset(self, indices: Iterable[int]) -> "Pictures":
         """The pictures at these places, in this order, with the same classes."""
@@ -96,19 +111,34 @@ def open_data(ref: str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet
     return opener(Path(ref).expanduser(), val_fraction=val_fraction, seed=seed)
 
 
+def open_pictures(ref: str) -> Pictures:
+    """Every labelled picture of what `open_data` takes, undivided: also of a single class, and one of a class."""
+    if ref.partition(":")[0] == "elpv":
+        return elpv_pictures()
+    path = Path(ref).expanduser()
+    if ref.lower().endswith(".csv"):
+        return _csv_rows(path)[0]
+    train, val = _train_and_val(path)
+    return _class_folders(train) + _class_folders(val) if val else _class_folders(train)
+
+
+def _train_and_val(root: Path) -> tuple[Path, Path | None]:
+    """The folders that hold the class folders of each side; the second is None where they are not divided."""
+    inner = {path.name.casefold(): path for path in _folders(root)}
+    if "train" not in inner:
+        return root, None
+    return inner["train"], next((inner[name] for name in _VAL_FOLDERS if name in inner), None)
+
+
 def folder(root: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
     """A folder with a folder for each class; or with `train` and `val` (valid, validation, test) that hold these.
 
     Pictures may lie at any depth below their class; hidden files and other files are left out.
     """
-    root = Path(root)
-    inner = {path.name.casefold(): path for path in _folders(root)}
-    if "train" not in inner:
-        return _divided(str(root), _class_folders(root), val_fraction, seed)
-    val = next((inner[name] for name in _VAL_FOLDERS if name in inner), None)
+    train, val = _train_and_val(Path(root))
     if val is None:
-        return _divided(str(root), _class_folders(inner["train"]), val_fraction, seed)
-    return _paired(str(root), _class_folders(inner["train"]), _class_folders(val))
+        return _divided(str(root), _class_folders(train), val_fraction, seed)
+    return _paired(str(root), _class_folders(train), _class_folders(val))
 
 
 def csv(path: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
@@ -116,7 +146,15 @@ def csv(path: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataS
 
     Paths are relative to the table's folder. Raises DataError naming the file and line of what does not fit.
     """
-    path = Path(path)
+    pictures, sides = _csv_rows(Path(path))
+    if not sides:
+        return _divided(str(path), pictures, val_fraction, seed)
+    train, val = ([index for index, side in enumerate(sides) if side == name] for name in ("train", "val"))
+    return DataSet(name=str(path), train=pictures.subset(train), val=pictures.subset(val))
+
+
+def _csv_rows(path: Path) -> tuple[Pictures, list[str]]:
+    """The pictures of a table, and the side of each where it has a column for it."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = DictReader(file)
@@ -143,11 +181,7 @@ def csv(path: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataS
             raise DataError(f"{path}, line {line}: split is {row['split']!r}; it must be train or val")
 
     pictures = _named(first, [row["label"].strip() for _, row in rows])
-    if "split" not in columns:
-        return _divided(str(path), pictures, val_fraction, seed)
-    sides = [row["split"] for _, row in rows]
-    train, val = ([index for index, side in enumerate(sides) if side == name] for name in ("train", "val"))
-    return DataSet(name=str(path), train=pictures.subset(train), val=pictures.subset(val))
+    return pictures, [row["split"] for _, row in rows] if "split" in columns else []
 
 
 def elpv(split: int = 0, *, name: str | None = None) -> DataSet:
@@ -215,9 +249,7 @@ def _divided(name: str, pictures: Pictures, fraction: float, seed: int) -> DataS
 
 def _paired(name: str, train: Pictures, val: Pictures) -> DataSet:
     """Both sides under one list of classes, so that a class on one side only is seen as such."""
-    names = [side.classes[label] for side in (train, val) for label in side.labels]
-    both = _named(train.paths + val.paths, names)
-    cut = len(train)
+    both, cut = train + val, len(train)
     return DataSet(name=name, train=both.subset(range(cut)), val=both.subset(range(cut, len(both))))
 
 

@@ -47,6 +47,11 @@ def projection(
     `conv1` is a strided 1×1 convolution and norm (He et al. 2015, option B), `avg` an average pool before it (He et
     al. 2018, ResNet-D), `conv3` SENet-154's 3×3, `pad` the parameter-free option A.
     """
+    if kind in ("identity", "none", "custom") and (in_channels != out_channels or stride > 1):
+        raise ShortcutError(
+            f"a shortcut of kind {kind!r} cannot turn {in_channels} channels into {out_channels} at stride {stride}; "
+            f"use kind='conv1'"
+        )
     holder = nn.Module()
     for layer in paper.projection(kind, in_channels, out_channels, stride, norm=norm):
         add_layer(holder, layer.name, make_layer(layer, dims=dims, norm=norm, eps=1e-5, activation="relu"))
@@ -206,7 +211,6 @@ def check_downsample(spec: BlockSpec, downsample: nn.Module) -> None:
     for side in (8 * spec.stride, 8 * spec.stride + 1):  # an even and an odd map: pools round differently
         size = (side,) * spec.dims
         wanted = (1, spec.out_channels, *(-(-n // spec.stride) for n in size))
-        call = f"isthmus.projection({spec.in_channels}, {spec.out_channels}, stride={spec.stride})"
         try:
             with torch.no_grad():
                 found = tuple(probe(torch.empty(1, spec.in_channels, *size, device="meta")).shape)
@@ -214,10 +218,10 @@ def check_downsample(spec: BlockSpec, downsample: nn.Module) -> None:
             reason = str(error).splitlines()[0]
             raise ShortcutError(
                 f"downsample cannot take the block's input of {spec.in_channels} channels ({reason}); use "
-                f"downsample={call}"
+                f"downsample={spec.mend}"
             ) from error
         if found != wanted:
             raise ShortcutError(
                 f"main path and shortcut disagree: on an input of shape {(1, spec.in_channels, *size)} the main path "
-                f"gives {wanted} and downsample gives {found}; use downsample={call}"
+                f"gives {wanted} and downsample gives {found}; use downsample={spec.mend}"
             )

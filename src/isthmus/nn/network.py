@@ -13,7 +13,7 @@ from isthmus.nn.block import BLOCKS
 from isthmus.nn.init import initialise
 from isthmus.nn.layers import add_layer, make_layer
 
-__all__ = ["ResNet"]
+__all__ = ["ResNet", "make_head"]
 
 
 class ResNet(nn.Module):
@@ -36,6 +36,10 @@ class ResNet(nn.Module):
         self, plan: Plan, *, blocks: Mapping[str, type[nn.Module]] | None = None, zero_init: bool = True
     ) -> None:
         super().__init__()
+        if taken := sorted(set(blocks or {}) & set(BLOCKS)):
+            raise SpecError(
+                f"a block of your own cannot be called {taken[0]!r}, which is one of ours; name it otherwise"
+            )
         self.plan, self.spec = plan, plan.spec
         self.preprocess: Preprocess = IMAGENET
         self.classes: tuple[str, ...] = ()
@@ -57,11 +61,7 @@ class ResNet(nn.Module):
         self.stages = tuple(f"layer{number + 1}" for number in range(len(spec.stages)))
         for layer in plan.tail:
             add_layer(self, layer.name, make_layer(layer, **made))
-        for layer in plan.head:
-            if layer.kind != "globalpool":
-                add_layer(self, layer.name, make_layer(layer, **(made | {"activation": "relu"})))
-        if not spec.num_classes:
-            self.fc = nn.Identity()
+        self.fc = make_head(plan)
         initialise(self, zero_init=zero_init)
 
     def features(self, x: Tensor, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
@@ -110,6 +110,17 @@ class ResNet(nn.Module):
         for name in self.frozen:
             self.get_submodule(name).eval()
         return self
+
+
+def make_head(plan: Plan) -> nn.Module:
+    """The classifier of a plan, initialised; the identity when the pooled features are the output."""
+    holder = nn.Module()
+    for layer in plan.head:
+        if layer.kind != "globalpool":
+            module = make_layer(layer, dims=1, norm="batch", eps=plan.spec.norm_eps, activation="relu")
+            add_layer(holder, layer.name, module)
+    initialise(holder)
+    return getattr(holder, "fc", nn.Identity())
 
 
 def make_block(planned: PlannedBlock, own: dict[str, type[nn.Module]]) -> nn.Module:

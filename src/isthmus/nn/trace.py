@@ -21,21 +21,24 @@ def trace_cost(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[Row, ..
     copied = copy.deepcopy(module).to("meta").eval()
     counter = FlopCounterMode(display=False)
     rows: list[Row] = []
-    begun: list[int] = []
+    begun: list[tuple[int, list[int]]] = []  # of each call under way: the total before it, the MACs of its children
     seen: set[int] = set()
 
     def shape(value: Any) -> tuple[int, ...]:
         return tuple(value.shape[1:]) if isinstance(value, Tensor) else ()
 
     def before(_child: nn.Module, _inputs: Any) -> None:
-        begun.append(counter.get_total_flops())
+        begun.append((counter.get_total_flops(), []))
 
     def after(name: str, child: nn.Module, inputs: Any, output: Any) -> None:
-        macs = (counter.get_total_flops() - begun.pop()) // 2
+        total, inner = begun.pop()
+        macs = (counter.get_total_flops() - total) // 2
+        if begun:
+            begun[-1][1].append(macs)
+        macs -= sum(inner)
         own = child.parameters() if not list(child.children()) else child.parameters(recurse=False)
         params = 0 if id(child) in seen else sum(parameter.numel() for parameter in own)
         seen.add(id(child))
-        macs -= sum(row.macs for row in rows if row.name.startswith(f"{name}.") or not name)
         if list(child.children()) and not (macs or params):
             return
         into, out = shape(inputs[0] if inputs else None), shape(output)

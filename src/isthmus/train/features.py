@@ -18,7 +18,7 @@ from isthmus.data.sources import Pictures
 from isthmus.errors import DataError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.nn.network import ResNet
-from isthmus.runtime import Machine, Precision
+from isthmus.runtime import Machine, Precision, versions
 from isthmus.train.checkpoint import load_state, save_state
 from isthmus.train.reporter import Reporter
 
@@ -91,6 +91,7 @@ def fingerprint(net: ResNet, pictures: Pictures, precision: Precision) -> str:
         "spec": records.to_dict(net.spec),
         "preprocess": records.to_dict(net.preprocess),
         "precision": precision,
+        "versions": versions(),
         "files": files,
     }
     digest = hashlib.sha256(json.dumps(described).encode())

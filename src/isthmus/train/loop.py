@@ -68,8 +68,9 @@ def train_network(
     warmup = min(round(recipe.warmup_epochs * train.steps), total // 2)  # however short the run, it also cools down
 
     net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if not recipe.train_norm:
-        freeze_batchnorm(net)
+    for name, child in net.named_children():
+        if name != "fc" and not recipe.train_norm:  # the head's own norm follows its features as they move
+            freeze_batchnorm(child)
     freeze(net, recipe.freeze)
     optimizer = make_optimizer(net, recipe)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")

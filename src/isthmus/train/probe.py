@@ -1,7 +1,7 @@
 """A head for a frozen trunk: candidates compared by cross-validation on the training features, then trained on all.
 
 Several small MLPs are trained side by side and then merged into one wide one that gives their mean logits: the
-classifier of an ordinary ResNet, with the standardisation of the features folded into its first layer.
+classifier of an ordinary ResNet, with the standardisation of the features as its batch norm.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isthmus.arch.spec import HeadSpec
@@ -18,7 +18,7 @@ from isthmus.data.order import stratified_folds
 from isthmus.evaluation.metrics import Tally
 from isthmus.train.optim import learning_rate
 
-__all__ = ["LINEAR", "Choice", "Features", "Probe", "candidates", "choose", "fit_head"]
+__all__ = ["LINEAR", "Choice", "Features", "FittedHead", "Probe", "candidates", "choose", "fit_head"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +69,7 @@ class Probe:
     @property
     def head(self) -> HeadSpec:
         """What the merged head reads and how wide it is."""
-        return HeadSpec(taps=self.taps, pools=self.pools, hidden=self.hidden * self.members)
+        return HeadSpec(taps=self.taps, pools=self.pools, norm=True, hidden=self.hidden * self.members)
 
 
 LEAST_STEPS = 300  # a hundred pictures are one batch, and thirty steps would not take the weights anywhere
@@ -103,23 +103,45 @@ def choose(
         for held in parts:
             inside = set(held)
             rest = [index for index in range(len(features.labels)) if index not in inside]
-            layers = fit_head(features.at(rest), single, seed)
-            out = features.at(held)
-            tally.add(apply_head(layers, out.read_by(single.head)).mean(0), out.labels)
+            head, out = fit_head(features.at(rest), single, seed), features.at(held)
+            tally.add(head.logits(out.read_by(single.head)).mean(0), out.labels)
         choices.append(Choice(probe=probe, accuracy=tally.accuracy, loss=tally.loss))
         progress(f"head on {' + '.join(probe.taps)}: {tally.accuracy:.1%} in {folds} folds of the training part")
     return sorted(choices, key=lambda choice: (-choice.accuracy, choice.loss))
 
 
-def apply_head(layers: list[tuple[Tensor, Tensor]], x: Tensor) -> Tensor:
-    """Logits of a merged head on features (…, features)."""
-    for index, (weight, bias) in enumerate(layers):
-        x = F.linear(F.relu(x) if index else x, weight, bias)
-    return x
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FittedHead:
+    """A trained head: the standardisation of the features, then weight and bias of each linear layer."""
+
+    mean: Tensor
+    std: Tensor
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits of features (…, features)."""
+        x = (x - self.mean) / self.std
+        for index, (weight, bias) in enumerate(self.layers):
+            x = F.linear(F.relu(x) if index else x, weight, bias)
+        return x
+
+    @torch.no_grad()
+    def fill(self, fc: nn.Module) -> None:
+        """Put the head into the classifier of a network made with the probe's HeadSpec."""
+        norm, *rest = fc.children()
+        if not isinstance(norm, nn.BatchNorm1d) or norm.running_mean is None or norm.running_var is None:
+            raise TypeError(type(norm))
+        norm.running_mean.copy_(self.mean)
+        norm.running_var.copy_(torch.where(self.std.isfinite(), self.std.square(), 1))
+        norm.weight.copy_((norm.running_var + norm.eps).sqrt() / self.std)  # eps undone: some deviations are tiny
+        linears = [module for module in rest if isinstance(module, nn.Linear)]
+        for linear, (weight, bias) in zip(linears, self.layers, strict=True):
+            linear.weight.copy_(weight)
+            linear.bias.copy_(bias)
 
 
-def fit_head(features: Features, probe: Probe, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
-    """Weight and bias of each layer of the merged head, trained on a random view of each picture each epoch.
+def fit_head(features: Features, probe: Probe, seed: int = 0) -> FittedHead:
+    """The merged head of a probe, trained on a random view of each picture each epoch.
 
     AdamW, 5 % warm-up, cosine; the same seed gives the same head.
     """
@@ -162,19 +184,16 @@ def fit_head(features: Features, probe: Probe, seed: int = 0) -> list[tuple[Tens
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             step += 1
-    return merged([(weight.detach(), bias.detach()) for weight, bias in layers], mean, std)
+    return FittedHead(mean=mean, std=std, layers=merged([(weight.detach(), bias.detach()) for weight, bias in layers]))
 
 
-def merged(layers: list[tuple[Tensor, Tensor]], mean: Tensor, std: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Members (members, in, out) as one head for raw features: hidden units side by side, logits averaged."""
+def merged(layers: list[tuple[Tensor, Tensor]]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Members (members, in, out) as one head: hidden units side by side, logits averaged."""
     (weight, bias), *rest = layers
-    weight = weight / std[:, None]
-    bias = bias - (mean @ weight)[:, None]
     if not rest:
-        return [(weight.mean(0).T.contiguous(), bias.mean((0, 1)))]
+        return ((weight.mean(0).T.contiguous(), bias.mean((0, 1))),)
     ((last, last_bias),) = rest
-    members = len(weight)
-    return [
+    return (
         (weight.transpose(1, 2).flatten(0, 1).contiguous(), bias.flatten()),
-        (last.flatten(0, 1).T.contiguous() / members, last_bias.mean((0, 1))),
-    ]
+        (last.flatten(0, 1).T.contiguous() / len(weight), last_bias.mean((0, 1))),
+    )

@@ -104,6 +104,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+GRADIENT_ONLY = {
+    *("augment", "epochs", "optimizer", "lr", "head_lr_factor", "momentum", "weight_decay", "warmup_epochs"),
+    *("label_smoothing", "balance", "train_norm", "ema"),
+}
+"""Settings without a meaning where the trunk is frozen and its features are computed once."""
+
+
 def recipe(name: str, **settings: Any) -> Recipe:
     """A named recipe with some settings of one's own; raises RecipeError."""
     if name not in RECIPES:

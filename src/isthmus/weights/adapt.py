@@ -1,15 +1,13 @@
 """Weights for another classifier or other input channels than they were trained for."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from isthmus.arch.preprocess import Preprocess
-from isthmus.errors import WeightsError
 
-__all__ = ["adapt_input", "adapt_preprocess", "new_head"]
+__all__ = ["adapt_input", "adapt_preprocess"]
 
 
 def adapt_input(weight: Tensor, channels: int) -> Tensor:
@@ -40,13 +38,3 @@ def adapt_preprocess(record: Preprocess, channels: int) -> Preprocess | None:
     if channels == 3:
         return replace(record, channels="RGB", mean=record.mean * 3, std=record.std * 3)
     return None
-
-
-def new_head(shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Fresh tensors for a classifier: weights from N(0, 0.01), biases 0, as `nn.init.initialise` gives them."""
-    made: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        if not name.endswith((".weight", ".bias")):
-            raise WeightsError(f"{name} is no tensor of a classifier")
-        made[name] = torch.randn(shape).mul_(0.01) if name.endswith(".weight") else torch.zeros(shape)
-    return made

@@ -19,7 +19,7 @@ from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant
 from isthmus.errors import IsthmusError, RunError, WeightsError
 from isthmus.nn.layers import BlurPool
-from isthmus.nn.network import ResNet
+from isthmus.nn.network import ResNet, make_head
 from isthmus.records import from_dict, to_dict
 from isthmus.weights import adapt, catalog, files, layouts
 from isthmus.weights.adopt import candidates, check_same_function
@@ -232,7 +232,6 @@ def _source(origin: Origin, layout: str | None) -> Source:
             spec=origin.spec,
             preprocess=origin.preprocess,
             classes=origin.classes,
-            module=origin,
         )
     if isinstance(origin, nn.Module):
         tensors, notes = files.unwrap(origin.state_dict(), "the network in memory")
@@ -305,7 +304,7 @@ def _fitted(
     fresh: dict[str, Tensor] = {}
     if not mine or head == "new" or (head == "adapt" and mine != theirs):
         dropped += theirs
-        fresh = adapt.new_head(mine)
+        fresh = {HEAD + name: tensor for name, tensor in make_head(net.plan).state_dict().items()}
         if mine:
             adapted.append(f"a new classifier for {spec.num_classes} classes{_instead(theirs)}")
     elif mine != theirs:
@@ -324,7 +323,9 @@ def _fitted(
                 f"adapt it with load_weights(..., adapt_input=True), or give create or load the in_channels you want"
             )
         ready[first] = adapt.adapt_input(ready[first], spec.in_channels)
-        adapted.append(f"{first} from {channels} to {spec.in_channels} input channels, equal on grey pictures")
+        adapted.append(
+            f"{first} from {channels} to {spec.in_channels} input channels, equal where normalised channels are"
+        )
 
     counters = [name for name in wanted if name.endswith(COUNTER) and name not in ready]
     ready |= {name: torch.zeros((), dtype=torch.long) for name in counters}  # older files lack them
