@@ -132,7 +132,6 @@ def test_mistakes_are_one_message_and_exit_2(isthmus, mistake):
         assert result.err.count("\n") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="`image_size or usual` takes 0 for unset")
 @pytest.mark.parametrize("command", ["plan", "models"])
 def test_no_pixels_is_a_mistake(isthmus, command):
     result = isthmus(command, "resnet18", "--image-size", "0")
@@ -158,7 +157,6 @@ def test_mistakes_in_a_file_name_it(isthmus, tmp_path, content, words):
     assert str(path) in result.err
 
 
-@pytest.mark.xfail(strict=True, reason="the cost is worked out after the first line is printed")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -50,7 +50,9 @@ class Pictures:
         return len(self.paths)
 
     def __add__(self, other: "Pictures") -> "Pictures":
-        """The pictures of both, under the classes of both."""
+        """The pictures of both, under the classes of both; where these are the same, in their order."""
+        if self.classes == other.classes:
+            return Pictures(paths=self.paths + other.paths, labels=self.labels + other.labels, classes=self.classes)
         names = [side.classes[label] for side in (self, other) for label in side.labels]
         return _named(self.paths + other.paths, names)
 
