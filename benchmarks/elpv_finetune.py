@@ -8,23 +8,21 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from measure import interval, write_result
-
 from isthmus.data.order import stratified_folds
 from isthmus.data.sources import DataSet, elpv_pictures
 from isthmus.run import fit
-from isthmus.train.recipe import recipe
+from isthmus.train.recipe import override, recipe
+from measure import interval, write_result
 
 FOLDS = 5
+# Solar cells have no up or down; 192 px cost three quarters of what 224 px do.
+SETTINGS = {"probe": (), "finetune": ("image_size=192", "augment.vflip=true")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folds", type=int, nargs="*", default=range(FOLDS), help="only these folds")
-    parser.add_argument("--set", nargs="*", default=(), dest="settings", help="settings of the recipe, to try others")
     arguments = parser.parse_args()
-    from isthmus.train.recipe import override
-
     pictures = elpv_pictures()
     folds = stratified_folds(pictures.labels, FOLDS, seed=0)
     rows = []
@@ -33,9 +31,9 @@ def main() -> None:
         train = pictures.subset(index for index in range(len(pictures)) if index not in held)
         data = DataSet(name=f"elpv, fold {number} of {FOLDS}", train=train, val=pictures.subset(sorted(held)))
         row = {"fold": number, "pictures": len(held)}
-        for name in ("probe", "finetune"):
+        for name, settings in SETTINGS.items():
             with tempfile.TemporaryDirectory() as folder:
-                chosen = override(recipe(name, data="elpv", weights="demo"), tuple(arguments.settings))
+                chosen = override(recipe(name, data="elpv", weights="demo"), settings)
                 run = fit(chosen, Path(folder) / "run", data=data)
             row |= {
                 f"{name} correct": run.scores.correct,
@@ -50,13 +48,13 @@ def main() -> None:
         "pictures": seen,
         **{
             f"{name} accuracy over all pictures": sum(row[f"{name} correct"] for row in rows) / seen
-            for name in ("probe", "finetune")
+            for name in SETTINGS
         },
-        **{f"{name} accuracy": interval([row[f"{name} accuracy"] for row in rows]) for name in ("probe", "finetune")},
-        **{f"{name} balanced": interval([row[f"{name} balanced"] for row in rows]) for name in ("probe", "finetune")},
+        **{f"{name} accuracy": interval([row[f"{name} accuracy"] for row in rows]) for name in SETTINGS},
+        **{f"{name} balanced": interval([row[f"{name} balanced"] for row in rows]) for name in SETTINGS},
         "target": "finetune >= 87.5 % and at most 1 point under probe; reaching for more than 88.42 %",
     }
-    if len(rows) == FOLDS and not arguments.settings:
+    if len(rows) == FOLDS:
         write_result("elpv_finetune", __doc__, summary, rows)
     else:
         print(summary)
