@@ -398,7 +398,12 @@ def test_adopted_networks_compute_the_same(name, make):
         torch.testing.assert_close(net.eval()(x), theirs.eval()(x), rtol=1e-3, atol=1e-4)
     assert report.parameters == sum(p.numel() for p in theirs.parameters())
     assert "tried on random parameters" in report.notes[-1]
-    assert report.assumed == ()
+    if type(theirs).__module__.startswith("timm"):
+        said = timm.data.resolve_model_data_config(theirs)
+        assert (net.preprocess.mean, net.preprocess.std) == (said["mean"], said["std"])
+        assert (net.preprocess.crop, net.preprocess.interpolation) == (said["input_size"][1], said["interpolation"])
+        assert net.preprocess.resize == round(said["input_size"][1] / said["crop_pct"])
+    assert report.assumed == (() if type(theirs).__module__.startswith("timm") else ("preprocessing",))
 
 
 def refused(net, module, reason):

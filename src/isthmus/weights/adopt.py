@@ -9,19 +9,36 @@ from torch import Tensor, nn
 
 from isthmus.arch.cost import cost
 from isthmus.arch.plan import plan
+from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec, NetSpec
 from isthmus.arch.variants import variant, variants
-from isthmus.errors import WeightsError
+from isthmus.errors import SpecError, WeightsError
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
 from isthmus.weights.layouts import LAYOUTS, pairs, to_native
 
-__all__ = ["candidates", "check_same_function"]
+__all__ = ["candidates", "check_same_function", "timm_preprocess"]
 
 TOLERANCE = 1e-3  # in single precision; a wrong stride place or filter is off by more than a tenth
 FIRST = ("conv1.weight", "conv1.0.weight", "stem.conv.weight", "stem.conv1.weight")
 LAST = ("fc.weight", "head.fc.weight")
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def timm_preprocess(module: nn.Module) -> Preprocess | None:
+    """The preprocessing that a timm network carries in its `pretrained_cfg`; None where it says nothing we know."""
+    said = getattr(module, "pretrained_cfg", None) or {}
+    try:
+        crop = int(said["input_size"][-1])
+        return Preprocess(
+            resize=round(crop / said["crop_pct"]),
+            crop=crop,
+            interpolation=said["interpolation"],
+            mean=tuple(said["mean"]),
+            std=tuple(said["std"]),
+        )
+    except (KeyError, TypeError, IndexError, SpecError):
+        return None
 
 
 def candidates(tensors: Mapping[str, Tensor], layout: str) -> list[str]:

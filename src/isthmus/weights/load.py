@@ -22,7 +22,7 @@ from isthmus.nn.layers import BlurPool
 from isthmus.nn.network import ResNet, make_head
 from isthmus.records import from_dict, to_dict
 from isthmus.weights import adapt, catalog, files, layouts
-from isthmus.weights.adopt import candidates, check_same_function
+from isthmus.weights.adopt import candidates, check_same_function, timm_preprocess
 from isthmus.weights.onnx_graph import read_onnx
 
 __all__ = ["LoadReport", "Origin", "create", "load", "load_weights", "read_network", "save_weights"]
@@ -235,8 +235,14 @@ def _source(origin: Origin, layout: str | None) -> Source:
         )
     if isinstance(origin, nn.Module):
         tensors, notes = files.unwrap(origin.state_dict(), "the network in memory")
-        name = f"the {type(origin).__name__} in memory"
-        return Source(name=name, tensors=tensors, layout=layout or layouts.detect(tensors), notes=notes, module=origin)
+        return Source(
+            name=f"the {type(origin).__name__} in memory",
+            tensors=tensors,
+            layout=layout or layouts.detect(tensors),
+            preprocess=timm_preprocess(origin),
+            notes=notes,
+            module=origin,
+        )
     path = Path(origin)
     if (record := catalog.CATALOG.get(str(origin))) is not None:
         path = catalog.find(record)
@@ -342,7 +348,7 @@ def _fitted(
         adapted=tuple(adapted),
         initialised=(*fresh, *counters),
         dropped=tuple(dropped),
-        assumed=_assumed(spec) if source.spec is None and source.module is None else (),
+        assumed=_assumed(source, spec),
         notes=tuple(notes),
     )
     everything = ready | fresh
@@ -393,8 +399,12 @@ def _compared(source: Source, spec: NetSpec) -> list[str]:
     return notes
 
 
-def _assumed(spec: NetSpec) -> tuple[str, ...]:
-    """What keys and shapes cannot say, as the network has it."""
+def _assumed(source: Source, spec: NetSpec) -> tuple[str, ...]:
+    """What keys and shapes cannot say, as the network has it; a network in memory is tried out instead."""
+    if source.spec is not None:
+        return ()
+    if source.module is not None:
+        return () if source.preprocess else ("preprocessing",)
     place = {"conv1": "the first 1×1", "conv2": "the 3×3"}[spec.stride_at]
     said = [f"anti-aliasing {spec.anti_alias}", f"stem pool {spec.stem.pool}", f"activation {spec.activation}"]
     if any(stage.block != "basic" for stage in spec.stages):
