@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -95,7 +96,7 @@ def train(
             raise RecipeError("--resume goes on with the run's own recipe; leave the other options out")
         chosen = recipes.Recipe.from_file(resume / RECIPE)
     elif recipe is not None and recipe.endswith(".toml"):
-        chosen = recipes.changed(recipes.Recipe.from_file(Path(recipe)), **given)
+        chosen = replace(recipes.Recipe.from_file(Path(recipe)), **given)
     else:
         if "data" not in given:
             raise RecipeError("--data is missing: a folder of class folders, a .csv file, or elpv")

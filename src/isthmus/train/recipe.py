@@ -1,6 +1,6 @@
 """Everything that decides a training run, in one frozen record, and the named recipes as a table."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -134,8 +134,3 @@ def recipe(name: str, **settings: Any) -> Recipe:
 def override(base: Recipe, settings: tuple[str, ...]) -> Recipe:
     """The recipe with dotted settings applied, e.g. `lr=0.01` or `augment.vflip=true`."""
     return records.override(base, settings, RecipeError)
-
-
-def changed(base: Recipe, **settings: Any) -> Recipe:
-    """The recipe with the settings that are not None."""
-    return replace(base, **{key: value for key, value in settings.items() if value is not None})
