@@ -104,10 +104,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "augment": Augment(crop_scale=()),
         "epochs": 5,
         "optimizer": "adamw",
-        "lr": 5e-5,
+        "lr": 2e-5,
         "weight_decay": 0.02,
         "label_smoothing": 0.05,
-        "ema": 0.98,
+        "ema": 0.99,
     },
     # A new network on few pictures: higher rate, longer, statistics learned (He et al. 2015 §3.4).
     "scratch": {"freeze": "none", "train_norm": True, "epochs": 90, "lr": 0.1, "warmup_epochs": 5.0},
