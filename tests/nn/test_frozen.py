@@ -27,12 +27,12 @@ def test_frozen_norm_is_the_norm_in_evaluation_bit_for_bit(dims, dtype):
     frozen.train()
     norm.eval()
     before = {key: value.clone() for key, value in frozen.state_dict().items()}
-    inputs = [torch.randn(3, 6, *(5,) * dims, dtype=dtype) * 9 for _ in range(1)]
-    found, wanted = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
-    for module, xs in ((frozen, found), (norm, wanted)):
-        (module(xs[0]) ** 2).sum().backward()
-    assert torch.equal(frozen(inputs[0]), norm(inputs[0]))
-    assert torch.equal(found[0].grad, wanted[0].grad)
+    x = torch.randn(3, 6, *(5,) * dims, dtype=dtype) * 9
+    found, wanted = x.clone().requires_grad_(), x.clone().requires_grad_()
+    (frozen(found) ** 2).sum().backward()
+    (norm(wanted) ** 2).sum().backward()
+    assert torch.equal(frozen(x), norm(x))
+    assert torch.equal(found.grad, wanted.grad)
     assert torch.equal(frozen.weight.grad, norm.weight.grad)
     assert torch.equal(frozen.bias.grad, norm.bias.grad)
     assert all(torch.equal(value, before[key]) for key, value in frozen.state_dict().items())
@@ -73,16 +73,20 @@ def trained(net, steps=3):
     return net
 
 
+def frozen_until(net, until):
+    """The parts with parameters from the input up to and including `until`."""
+    stages = ["layer1", "layer2", "layer3", "layer4"]
+    parts = ["conv1", "bn1", *stages, *["norm"] * net.spec.preact]
+    if until in stages:
+        return parts[: parts.index(until) + 1]
+    return {"none": [], "stem": parts[:2], "trunk": parts}[until]
+
+
 @pytest.mark.parametrize("name", ["resnet10t", "seresnet18", "resnetv2_50"])
 @pytest.mark.parametrize("until", POINTS)
 def test_frozen_parts_do_not_move_and_the_others_do(name, until):
     net = ResNet(plan(name, 64), zero_init=False)
-    stages = ["layer1", "layer2", "layer3", "layer4"]
-    tail = ["norm"] * net.spec.preact
-    stem = ["conv1", "bn1"]
-    frozen = {"none": [], "stem": stem, "trunk": [*stem, *stages, *tail]}.get(until) or [
-        *stem, *stages[: stages.index(until) + 1],
-    ] if until != "none" else []  # fmt: skip
+    frozen = frozen_until(net, until)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     count = freeze(net, until)
     assert count == sum(value.numel() for key, value in net.named_parameters() if key.partition(".")[0] in frozen)

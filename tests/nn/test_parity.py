@@ -17,14 +17,11 @@ from oracles import bare, ours, picture, random_state, relative_error, seed_of, 
 
 TIMM = [name for name in variants() if "v1" not in name and "v2" not in name and "cifar" not in name]
 TORCHVISION = list(json.loads((Path(__file__).parents[1] / "golden/torchvision.json").read_text())["models"])
-# More than 250 million parameters in fp64: two blocks a stage prove the structure, the whole network runs as `long`.
-HEAVY = {"resnext101_32x32d"}
 TOLERANCE = 1e-8
 
 
-def error_against_timm(name: str, size: int, *, trim: bool = False) -> float:
-    spec, options = trimmed(variant(name)) if trim else (variant(name), {})
-    return error(timm_net(name, **options), spec, size, seed_of(name))
+def error_against_timm(name: str, size: int) -> float:
+    return error(timm_net(name), variant(name), size, seed_of(name))
 
 
 @torch.inference_mode()
@@ -46,7 +43,7 @@ def test_the_table_is_timms_family():
 
 @pytest.mark.parametrize("name", TIMM)
 def test_timm_at_97(name):
-    assert error_against_timm(name, 97, trim=name in HEAVY) <= TOLERANCE
+    assert error_against_timm(name, 97) <= TOLERANCE
 
 
 @pytest.mark.long
