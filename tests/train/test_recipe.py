@@ -6,7 +6,7 @@ import pytest
 
 from isthmus.data.augment import Augment
 from isthmus.errors import RecipeError
-from isthmus.train.recipe import RECIPES, Recipe, changed, override, recipe
+from isthmus.train.recipe import RECIPES, Recipe, override, recipe
 
 START = {"data": "pictures", "weights": "demo"}
 
@@ -167,8 +167,3 @@ def test_names_of_the_table():
     with pytest.raises(RecipeError, match="recipe probe: got an unexpected keyword argument 'speed'"):
         recipe("probe", **START, speed=3)
     assert recipe("scratch", data="x", arch="resnet50", epochs=2).epochs == 2  # its warm-up of five shortens itself
-
-
-def test_changed_keeps_what_is_none():
-    before = Recipe(**START)
-    assert changed(before, lr=None, epochs=3) == Recipe(**START, epochs=3)
