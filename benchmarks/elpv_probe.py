@@ -6,10 +6,9 @@ Ten listed splits of the ELPV cells (75/25, stratified); features and head are c
 import tempfile
 from pathlib import Path
 
-from measure import interval, write_result
-
 from isthmus.run import fit
 from isthmus.train.recipe import recipe
+from measure import interval, write_result
 
 SPLITS = range(10)
 
