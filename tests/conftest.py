@@ -1,5 +1,6 @@
 """What every test may use: committed golden files, and one thread a worker so that workers do not fight for cores."""
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,8 @@ GOLDEN = Path(__file__).parent / "golden"
 hypothesis.settings.register_profile("isthmus", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("isthmus")
 torch.set_num_threads(1)
+# A shell starts background jobs with Ctrl-C ignored, and Python inherits that; tests of Ctrl-C must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
