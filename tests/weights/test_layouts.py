@@ -8,6 +8,7 @@ import torch
 import torchvision
 
 from isthmus.arch.plan import plan
+from isthmus.arch.spec import StemSpec
 from isthmus.arch.variants import variant, variants
 from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
@@ -47,12 +48,31 @@ def test_names_and_shapes_are_timms(name):
     assert {key: tensor.shape for key, tensor in foreign.items()} == {key: item.shape for key, item in theirs.items()}
 
 
+@pytest.mark.parametrize("size", [97, pytest.param(224, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", TIMM_PREACT)
-def test_parity_with_timm(name):
+def test_parity_with_timm(name, size):
+    theirs = randomise(timm_net(name), seed_of(name))
+    state = to_native(theirs.state_dict(), "timm_resnetv2", variant(name))
+    x = picture(1, 3, size, size)
+    assert relative_error(ours(variant(name), size, state)(x), theirs(x)) <= 1e-8
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("resnetv2_50", {"stride_at": "conv1"}),
+        ("resnetv2_50", {"stem": StemSpec(pool="max_ceil")}),
+        ("resnetv2_50", {"norm_eps": 1e-2}),
+        ("resnetv2_50", {"activation": "silu"}),
+        ("resnetv2_50d", {"stem": replace(variant("resnetv2_50d").stem, pool="max_ceil")}),
+    ],
+)
+def test_mutations_fail(name, change):
+    """What the keys cannot say still shows in the outputs, so the parity above proves it."""
     theirs = randomise(timm_net(name), seed_of(name))
     state = to_native(theirs.state_dict(), "timm_resnetv2", variant(name))
     x = picture(1, 3, 97, 97)
-    assert relative_error(ours(variant(name), 97, state)(x), theirs(x)) <= 1e-8
+    assert relative_error(ours(replace(variant(name), **change), 97, state)(x), theirs(x)) > 1e-4
 
 
 def test_values_survive_the_change_of_the_classifier_bit_for_bit():

@@ -67,8 +67,8 @@ class ResNet(nn.Module):
     def features(self, x: Tensor, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
         """The maps of `plan.features`, all or those in `names`: (N, channels, H / stride, W / stride), rounded up.
 
-        `stem` is taken before its pool, `last` after the final norm of a pre-activation network. Nothing beyond the
-        last name asked for is computed.
+        The average pool of an anti-aliased stem and a `max_ceil` pool round down instead. `stem` is taken before its
+        pool, `last` after the final norm of a pre-activation network. Nothing beyond the last name asked for is run.
         """
         known = ("stem", *self.stages, "last")
         names = known if names is None else names
