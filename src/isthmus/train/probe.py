@@ -43,13 +43,7 @@ class Features:
     def at(self, indices: Sequence[int]) -> "Features":
         """The features of some pictures."""
         chosen = torch.as_tensor(indices)
-        return Features(
-            values=self.values[:, chosen],
-            labels=self.labels[chosen],
-            classes=self.classes,
-            head=self.head,
-            widths=self.widths,
-        )
+        return replace(self, values=self.values[:, chosen], labels=self.labels[chosen])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
