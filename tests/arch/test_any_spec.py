@@ -18,6 +18,8 @@ from isthmus.errors import SpecError
 from isthmus.nn.network import ResNet
 from oracles import assert_plan_is_true
 
+POOLS = ["max", "max_zero", "max_ceil", "conv", "none"]
+
 
 @st.composite
 def stages(draw, block, norm, dilates):
@@ -61,7 +63,8 @@ def specs(draw, *, dilates=True):
             widths=widths,
             kernel=3 if len(widths) == 3 else draw(st.sampled_from([1, 3, 5, 7])),
             stride=draw(st.integers(1, 2)),
-            pool="max" if anti_alias != "none" else draw(st.sampled_from(["max", "max_ceil", "conv", "none"])),
+            pool="max" if anti_alias != "none" else draw(st.sampled_from(POOLS)),
+            bias=draw(st.booleans()),
         ),
         head=HeadSpec(
             taps=tuple(taps),

@@ -89,6 +89,16 @@ def test_training_starts_where_evaluation_is(name):
     assert all((module.running_var >= 0).all() for module in statistics)
 
 
+def test_a_stem_with_bias_and_norm_folds_both_ways():
+    spec = trimmed(variant("resnet18"))[0]
+    net = random_net(replace(spec, stem=replace(spec.stem, bias=True, pool="max_zero")))
+    x = picture(2, 3, 64, 64)
+    with torch.inference_mode():
+        folded = fold(net)
+        assert relative_error(folded(x), net(x)) <= TOLERANCE
+        assert relative_error(insert_batchnorm(folded, [x])(x), net(x)) <= TOLERANCE
+
+
 def test_statistics_are_those_of_all_batches():
     net = random_net(NetSpec(stages=(StageSpec(depth=1, mid=4, out=16),), stem=StemSpec(widths=(8,)), norm="none"), 32)
     batches = [picture(size, 3, 32, 32, seed=size) for size in (3, 5, 1)]

@@ -19,7 +19,9 @@ Norm = Literal["batch", "group", "none"]
 Activation = Literal["relu", "silu"]
 Attention = Literal["none", "se", "eca"]
 AntiAlias = Literal["none", "avg", "blur"]
-LayerKind = Literal["conv", "norm", "act", "pad", "maxpool", "avgpool", "blur", "globalpool", "linear", "custom"]
+LayerKind = Literal[
+    "conv", "norm", "act", "pad", "zeropad", "maxpool", "avgpool", "blur", "globalpool", "linear", "custom"
+]
 Domain = Literal["map", "pooled", "channels"]
 
 NORM_GROUPS = 32  # Wu & He 2018 (group normalization), as in timm's resnet50_gn
@@ -45,7 +47,7 @@ class Layer(NamedTuple):
         """Spatial size after this layer, per dimension in pixels; raises SpecError when nothing is left."""
         if self.kind == "globalpool":
             return (1,) * len(size)
-        if self.domain != "map" or (self.kernel == 1 and self.stride == 1):
+        if self.domain != "map" or (self.kernel == 1 and self.stride == 1 and not self.padding):
             return size
         if self.kind == "avgpool" and self.stride == 1:  # padded at the end so that the size stays
             return size

@@ -119,11 +119,11 @@ def out_size(layers: tuple[Layer, ...], size: Size) -> Size:
 
 def stem_layers(spec: NetSpec) -> tuple[Layer, ...]:
     """The stem of He et al. 2015, or of ResNet-C/D/T/S/RS, without its last norm in a pre-activation network."""
-    stem, bias = spec.stem, spec.norm == "none"
+    stem, bias = spec.stem, spec.stem.bias or spec.norm == "none"
     layers: list[Layer] = []
 
     def norm_act(norm: str, act: str, width: int) -> None:
-        if not bias:
+        if spec.norm != "none":
             layers.append(Layer(norm, "norm", width, width))
         layers.append(Layer(act, "act", width, width))
 
@@ -143,6 +143,9 @@ def stem_layers(spec: NetSpec) -> tuple[Layer, ...]:
         norm_act("maxpool.1", "maxpool.2", width)
     elif stem.pool == "max_ceil":
         layers.append(Layer("maxpool", "maxpool", width, width, 3, 2, 0, ceil=True))
+    elif stem.pool == "max_zero":
+        layers.append(Layer("maxpool.0", "zeropad", width, width, padding=1))
+        layers.append(Layer("maxpool.1", "maxpool", width, width, 3, 2))
     elif stem.pool == "max" and spec.anti_alias == "avg":
         layers.append(Layer("maxpool", "avgpool", width, width, 2, 2))
     elif stem.pool == "max" and spec.anti_alias == "blur":

@@ -22,14 +22,16 @@ def check(condition: object, message: str) -> None:
 class StemSpec:
     """Convolutions before the first stage: one `kernel`×`kernel`, or three 3×3 when `widths` has three entries.
 
-    `pool`: `max` is 3×3/2 padded on both sides, `max_ceil` the same padded only at the end, `conv` a strided 3×3
-    (Bello et al. 2021, ResNet-RS), `none` for small pictures.
+    `pool`: `max` is 3×3/2 padded on both sides, `max_zero` the same padded with zeros that take part in the maximum,
+    `max_ceil` padded only at the end, `conv` a strided 3×3 (Bello et al. 2021, ResNet-RS), `none` for small pictures.
+    `bias` gives the convolutions one beside their norms: Keras' pre-activation networks have both.
     """
 
     widths: tuple[int, ...] = (64,)
     kernel: int = 7
     stride: int = 2
-    pool: Literal["max", "max_ceil", "conv", "none"] = "max"
+    pool: Literal["max", "max_zero", "max_ceil", "conv", "none"] = "max"
+    bias: bool = False
 
     def __post_init__(self) -> None:
         records.check_fields(self)

@@ -130,6 +130,8 @@ def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
         target[f"{norm}.weight"].copy_((var + eps / scale**2).sqrt())
         target[f"{norm}.bias"].copy_(mean)
         target[f"{norm}.num_batches_tracked"].zero_()
+        if f"{conv}.bias" in target:  # a stem with both: the norm undoes it
+            target[f"{conv}.bias"].zero_()
     for key, value in state.items():
         target[key].copy_(value)
     return normed

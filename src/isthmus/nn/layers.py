@@ -10,6 +10,7 @@ from isthmus.nn.batchnorm import BATCH_NORM
 __all__ = ["DropPath", "EfficientChannelAttention", "SqueezeExcite", "add_layer", "make_layer"]
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+ZERO_PAD: dict[int, type[nn.Module]] = {1: nn.ZeroPad1d, 2: nn.ZeroPad2d, 3: nn.ZeroPad3d}
 MAX_POOL: dict[int, type[nn.Module]] = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 ACTIVATION: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -43,6 +44,8 @@ def make_layer(layer: Layer, *, dims: int, norm: str, eps: float, activation: st
         return AveragePool(layer.kernel, layer.stride, dims, ceil=layer.ceil) if layer.kernel > 1 else nn.Identity()
     if layer.kind == "blur":
         return BlurPool(layer.out_channels, layer.stride)
+    if layer.kind == "zeropad":
+        return ZERO_PAD[dims](layer.padding)
     if layer.kind == "pad":
         return ZeroPad(layer.out_channels - layer.in_channels, layer.stride)
     message = f"no torch module for a layer of kind {layer.kind!r}"
