@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from isthmus.nn.network import ResNet
     from isthmus.run import evaluate, fit, predict
     from isthmus.train.recipe import Recipe
-    from isthmus.weights.load import LoadReport, create, load, load_weights, save_weights
+    from isthmus.weights.load import LoadReport, create, load, load_weights
+    from isthmus.weights.save import save_weights
 
 LAZY = {
     "BasicBlock": "isthmus.nn.block",
@@ -34,7 +35,7 @@ LAZY = {
     "create": "isthmus.weights.load",
     "load": "isthmus.weights.load",
     "load_weights": "isthmus.weights.load",
-    "save_weights": "isthmus.weights.load",
+    "save_weights": "isthmus.weights.save",
     "Recipe": "isthmus.train.recipe",
     "evaluate": "isthmus.run",
     "fit": "isthmus.run",

@@ -30,7 +30,8 @@ from isthmus.train.loop import CHECKPOINT, LOG, Interrupted, train_network, writ
 from isthmus.train.probe import LINEAR, Choice, Features, Probe, candidates, choose, fit_head
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
-from isthmus.weights.load import create, load, load_weights, save_weights
+from isthmus.weights.load import create, load, load_weights
+from isthmus.weights.save import save_weights
 
 __all__ = ["Prediction", "Run", "evaluate", "fit", "predict"]
 

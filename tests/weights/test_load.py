@@ -17,9 +17,10 @@ from isthmus.arch.spec import HeadSpec, NetSpec, StageSpec, StemSpec
 from isthmus.arch.variants import variant
 from isthmus.errors import RunError, SpecError, WeightsError
 from isthmus.nn.network import ResNet
-from isthmus.weights import load as loading
 from isthmus.weights.files import metadata, write
-from isthmus.weights.load import create, load, load_weights, read_network, save_weights
+from isthmus.weights.load import create, load, load_weights, read_network
+from isthmus.weights.save import save_weights
+from isthmus.weights.source import SCHEMA
 from oracles import randomise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -474,4 +475,4 @@ def test_loading_keeps_the_parameters_that_an_optimiser_holds(saved):
     before = {name: id(parameter) for name, parameter in net.named_parameters()}
     load_weights(net, path)
     assert before == {name: id(parameter) for name, parameter in net.named_parameters()}
-    assert loading.SCHEMA == 1
+    assert SCHEMA == 1

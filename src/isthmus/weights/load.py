@@ -1,42 +1,32 @@
-"""Weights into networks: what is loaded is checked to the last tensor, and a report says what was done.
+"""Weights into networks: what is loaded is checked to the last tensor, and a report says what was done."""
 
-A file of ours carries under the key `isthmus` of its metadata, as JSON: `schema`, `spec`, `layout`, `preprocess`,
-`classes` and `extra`. Schema 1 stays readable for ever.
-"""
-
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.arch.plan import plan
-from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant
-from isthmus.errors import IsthmusError, RunError, WeightsError
+from isthmus.errors import WeightsError
 from isthmus.nn.layers import BlurPool
 from isthmus.nn.network import ResNet, make_head
-from isthmus.records import from_dict, to_dict
-from isthmus.weights import adapt, catalog, files, layouts
-from isthmus.weights.adopt import candidates, check_same_function, timm_preprocess
-from isthmus.weights.onnx_graph import read_onnx
+from isthmus.records import to_dict
+from isthmus.weights import adapt, layouts
+from isthmus.weights.adopt import candidates, check_same_function
+from isthmus.weights.source import Origin, Source, listed, open_source
 
-__all__ = ["LoadReport", "Origin", "create", "load", "load_weights", "read_network", "save_weights"]
+__all__ = ["LoadReport", "create", "load", "load_weights", "read_network"]
 
-SCHEMA = 1
-MODEL_FILE = "model.safetensors"
 HEAD = "fc."
 FREE = ("stages", "head", "drop_path", "in_channels", "num_classes", "name")  # what a network may have of its own
 SPATIAL = ("stride", "stride_block", "dilation", "first_dilation")
 COUNTER = ".num_batches_tracked"
 
 Blocks = Mapping[str, type[nn.Module]]
-Origin = str | Path | nn.Module
-"""A weight file, a run folder, a name of the catalog, or a network in memory."""
 Head = Literal["keep", "adapt", "new"]
 
 
@@ -69,20 +59,6 @@ class LoadReport:
         if self.assumed:
             lines.append(f"assumed, as the source cannot say: {', '.join(self.assumed)}")
         return "\n  ".join([*lines, *self.notes])
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Source:
-    """Tensors with all that is known of the network they are from."""
-
-    name: str
-    tensors: dict[str, Tensor]
-    layout: str
-    spec: NetSpec | None = None
-    preprocess: Preprocess | None = None
-    classes: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    module: nn.Module | None = None
 
 
 def create(
@@ -130,7 +106,7 @@ def read_network(
     blocks: Blocks | None = None,
 ) -> tuple[ResNet, LoadReport]:
     """As `load`, with the report."""
-    source = _source(ref_or_path, None)
+    source = open_source(ref_or_path, None)
     if source.spec is None:
         names = candidates(source.tensors, source.layout)
         fits = (
@@ -173,7 +149,7 @@ def load_weights(
     convolution for other input channels; tensors of the source whose names begin with one in `ignore` are dropped.
     A network in memory must also compute the same, which is tried out. `layout` None is found from the names.
     """
-    found = _source(source, layout)
+    found = open_source(source, layout)
     tensors, report = _fitted(net, found, head=head, adapt_input=adapt_input, ignore=ignore)
     if found.module is not None:
         difference = check_same_function(net, found.module, found.layout)
@@ -186,111 +162,9 @@ def load_weights(
     return _described(net, found, report)
 
 
-def save_weights(
-    net: ResNet, path: Path | str, *, layout: str = "native", extra: Mapping[str, Any] | None = None
-) -> None:
-    """Save a network as safetensors that `load` reads back, whole or not at all; `extra` must be plain JSON values.
-
-    Raises RunError when the disk will not take it, WeightsError when classes and classifier disagree or the layout
-    cannot name the network.
-    """
-    if net.classes and len(net.classes) != net.spec.num_classes:
-        raise WeightsError(
-            f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
-        )
-    described = {
-        "schema": SCHEMA,
-        "spec": to_dict(net.spec),
-        "layout": layout,
-        "preprocess": to_dict(net.preprocess),
-        "classes": list(net.classes),
-        "extra": dict(extra or {}),
-    }
-    tensors = layouts.from_native(net.state_dict(), layout, net.spec)
-    files.write(path, tensors, {"format": "pt", "isthmus": json.dumps(described)})
-
-
-def listed(names: Iterable[str], count: int = 4) -> str:
-    """The first few of many names, and how many more there are."""
-    every = list(names)
-    rest = f" and {len(every) - count} more" if len(every) > count else ""
-    return ", ".join(every[:count]) + rest
-
-
 def _with(spec: NetSpec, num_classes: int | None, in_channels: int | None) -> NetSpec:
     classes = spec.num_classes if num_classes is None else num_classes
     return replace(spec, num_classes=classes, in_channels=spec.in_channels if in_channels is None else in_channels)
-
-
-def _source(origin: Origin, layout: str | None) -> Source:
-    """Whatever weights may come from, as tensors with what is known of them."""
-    if isinstance(origin, ResNet):
-        return Source(
-            name="the network in memory",
-            tensors=dict(origin.state_dict()),
-            layout="native",
-            spec=origin.spec,
-            preprocess=origin.preprocess,
-            classes=origin.classes,
-        )
-    if isinstance(origin, nn.Module):
-        tensors, notes = files.unwrap(origin.state_dict(), "the network in memory")
-        return Source(
-            name=f"the {type(origin).__name__} in memory",
-            tensors=tensors,
-            layout=layout or layouts.detect(tensors),
-            preprocess=timm_preprocess(origin),
-            notes=notes,
-            module=origin,
-        )
-    path = Path(origin)
-    if (record := catalog.CATALOG.get(str(origin))) is not None:
-        path = catalog.find(record)
-        return replace(_onnx(path, record), name=record.name)
-    if path.is_dir():
-        path /= MODEL_FILE
-        if not path.is_file():
-            raise RunError(f"{path.parent} has no {MODEL_FILE}; is it a run folder, and did the run finish?")
-    if not path.exists():
-        raise WeightsError(
-            f"there is no file {path}, and no published weights of that name; known: {', '.join(catalog.CATALOG)}"
-        )
-    if path.suffix == ".onnx":
-        return _onnx(path, catalog.known(path))
-    content = files.read(path)
-    source = Source(name=str(path), tensors=content.tensors, layout=layout or "", notes=content.notes)
-    if "isthmus" in content.metadata:
-        return _ours(source, content.metadata["isthmus"])
-    return source if layout else replace(source, layout=layouts.detect(content.tensors))
-
-
-def _onnx(path: Path, record: catalog.Record | None) -> Source:
-    graph = read_onnx(path)
-    source = Source(name=str(path), tensors=graph.tensors, layout="onnx", spec=graph.spec, notes=graph.notes)
-    if record is None:
-        note = "its preprocessing is not in the file: set net.preprocess"
-        return replace(source, notes=(*graph.notes, note))
-    spec = replace(graph.spec, name=record.name)
-    notes = (*graph.notes, f"{record.note}; {record.licence}; {record.source}")
-    return replace(source, spec=spec, preprocess=record.preprocess, classes=record.classes, notes=notes)
-
-
-def _ours(source: Source, text: str) -> Source:
-    """A source with what the metadata of our own files says; raises WeightsError."""
-    try:
-        described = json.loads(text)
-        schema = described["schema"]
-        if schema > SCHEMA:
-            raise ValueError(f"it has schema {schema} and this isthmus reads up to {SCHEMA}: upgrade isthmus")  # noqa: TRY301
-        spec = from_dict(NetSpec, described["spec"])
-        preprocess = from_dict(Preprocess, described["preprocess"])
-        classes = tuple(map(str, described["classes"]))
-        layout = str(described["layout"])
-    except (IsthmusError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{source.name}: its description cannot be read: {error}") from error
-    if classes and len(classes) != spec.num_classes:
-        raise WeightsError(f"{source.name} names {len(classes)} classes for {spec.num_classes} outputs; save it again")
-    return replace(source, layout=layout, spec=spec, preprocess=preprocess, classes=classes)
 
 
 def _fitted(
