@@ -30,7 +30,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev  ## every claim about speed and accuracy; takes about an hour, on an idle machine
-	set -e; for script in plan_speed elpv_probe elpv_finetune; do $(BIN)/python benchmarks/$$script.py; done
+	set -e; for script in plan_speed weights_load elpv_probe elpv_finetune; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf $(VENV) runs

@@ -1,5 +1,6 @@
 """What every test may use: committed golden files, and one thread a worker so that workers do not fight for cores."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+
+os.environ["KERAS_BACKEND"] = "torch"  # read when keras is imported; TensorFlow would take seconds and a core
 
 # The same examples on every machine and every run; no time is ever asserted.
 hypothesis.settings.register_profile("isthmus", deadline=None, derandomize=True, database=None)

@@ -91,6 +91,9 @@ def test_the_lowest_floors_are_the_standard_library(path):
 
 
 OPTIONAL = {
+    "h5py",
+    "huggingface_hub",
+    "keras",
     "onnx",
     "onnxruntime",
     "openvino",
