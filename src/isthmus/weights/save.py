@@ -1,4 +1,4 @@
-"""A network to a weight file that carries all that is known of it."""
+"""A network to a weight file, or to a folder of the Hugging Face hub, with all that is known of it."""
 
 import json
 from collections.abc import Mapping
@@ -17,22 +17,34 @@ __all__ = ["save_weights"]
 def save_weights(
     net: ResNet, path: Path | str, *, layout: str = "native", extra: Mapping[str, Any] | None = None
 ) -> None:
-    """Save a network as safetensors that `load` reads back, whole or not at all; `extra` must be plain JSON values.
+    """Save a network in the names of `layout`, whole or not at all; `extra` must be plain JSON values.
 
-    Raises RunError when the disk will not take it, WeightsError when classes and classifier disagree or the layout
-    cannot name the network.
+    The suffix of `path` says the format: .safetensors carries spec, preprocessing, classes and `extra`, so that `load`
+    reads it back; .pth, .pkl and .h5 hold tensors alone. Raises RunError when the disk will not take it, WeightsError
+    when classes and classifier disagree, the layout cannot name the network, or `extra` is no JSON.
     """
     if net.classes and len(net.classes) != net.spec.num_classes:
         raise WeightsError(
             f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
         )
+    text = description(net, layout, extra or {})
+    tensors = layouts.from_native(net.state_dict(), layout, net.spec)
+    files.write(path, tensors, {"format": "pt", "isthmus": text})
+
+
+def description(net: ResNet, layout: str, extra: Mapping[str, Any]) -> str:
+    """What the metadata of our files says of a network, as JSON; raises WeightsError for an `extra` that is none."""
     described = {
         "schema": SCHEMA,
         "spec": to_dict(net.spec),
         "layout": layout,
         "preprocess": to_dict(net.preprocess),
         "classes": list(net.classes),
-        "extra": dict(extra or {}),
     }
-    tensors = layouts.from_native(net.state_dict(), layout, net.spec)
-    files.write(path, tensors, {"format": "pt", "isthmus": json.dumps(described)})
+    try:
+        return json.dumps(described | {"extra": dict(extra)}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise WeightsError(
+            f"extra cannot be saved ({error}); it must be plain JSON: text, finite numbers, true, false, none, lists, "
+            f"and tables with names as keys"
+        ) from error
