@@ -12,7 +12,7 @@ from isthmus.arch.block import Activation, AntiAlias, Attention, BlockSpec, Norm
 from isthmus.errors import ShortcutError
 from isthmus.nn.layers import ACTIVATION, DropPath, EfficientChannelAttention, SqueezeExcite, add_layer, make_layer
 
-__all__ = ["BLOCKS", "BasicBlock", "BottleneckBlock", "PreActBottleneckBlock", "projection"]
+__all__ = ["BLOCKS", "BasicBlock", "BottleneckBlock", "PreActBottleneckBlock", "make_shortcut", "projection"]
 
 
 class BlockOptions(TypedDict, total=False):
@@ -52,10 +52,16 @@ def projection(
             f"a shortcut of kind {kind!r} cannot turn {in_channels} channels into {out_channels} at stride {stride}; "
             f"use kind='conv1'"
         )
+    layers = paper.projection(kind, in_channels, out_channels, stride, norm=norm)
+    return make_shortcut(layers, dims=dims, norm=norm, eps=1e-5, activation="relu") or nn.Identity()
+
+
+def make_shortcut(layers: tuple[paper.Layer, ...], **made: Any) -> nn.Module | None:
+    """The module of a shortcut's layers; None where it has none. `made` is what `make_layer` takes."""
     holder = nn.Module()
-    for layer in paper.projection(kind, in_channels, out_channels, stride, norm=norm):
-        add_layer(holder, layer.name, make_layer(layer, dims=dims, norm=norm, eps=1e-5, activation="relu"))
-    return holder.get_submodule("downsample") if hasattr(holder, "downsample") else nn.Identity()
+    for layer in layers:
+        add_layer(holder, layer.name, make_layer(layer, **made))
+    return getattr(holder, "downsample", None)
 
 
 class ResidualBlock(nn.Module):
@@ -133,10 +139,7 @@ class ResidualBlock(nn.Module):
         self.drop_path = DropPath(spec.drop_path) if spec.drop_path else nn.Identity()
         if spec.kind != "preact_bottleneck":
             self.act = ACTIVATION[spec.activation]()
-        for layer in spec.downsample:
-            add_layer(self, layer.name, make_layer(layer, **made))
-        if not spec.downsample:
-            self.downsample = downsample
+        self.downsample = make_shortcut(spec.downsample, **made) or downsample
         for index in (1, 2, 3):
             if spec.norm == "none":
                 add_layer(self, f"bn{index}", nn.Identity())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from isthmus.arch.plan import Plan, PlannedBlock
 from isthmus.arch.preprocess import IMAGENET, Preprocess
 from isthmus.errors import SpecError
-from isthmus.nn.block import BLOCKS
+from isthmus.nn.block import BLOCKS, make_shortcut
 from isthmus.nn.init import initialise
 from isthmus.nn.layers import add_layer, make_layer
 
@@ -139,11 +139,9 @@ def make_block(planned: PlannedBlock, own: dict[str, type[nn.Module]]) -> nn.Mod
         if hasattr(kind, "from_spec"):
             block: nn.Module = kind.from_spec(spec)
             return block
-        holder = nn.Module()
-        for layer in spec.downsample:
-            module = make_layer(layer, dims=spec.dims, norm=spec.norm, eps=spec.norm_eps, activation=spec.activation)
-            add_layer(holder, layer.name, module)
-        downsample = holder.get_submodule("downsample") if spec.downsample else None
+        downsample = make_shortcut(
+            spec.downsample, dims=spec.dims, norm=spec.norm, eps=spec.norm_eps, activation=spec.activation
+        )
         return kind(spec.in_channels, spec.mid, spec.stride, downsample)
 
     side = 8 * spec.stride
