@@ -54,8 +54,7 @@ class Layer(NamedTuple):
         reach = self.dilation * (self.kernel - 1) + 1 - 2 * self.padding
         rounding = self.stride - 1 if self.ceil else 0
         out = tuple((n - reach + rounding) // self.stride + 1 for n in size)
-        # Reflection needs a neighbour, and torch pools no volume smaller than its kernel, ceil mode or not.
-        least = 2 if self.kind == "blur" else self.kernel if self.kind == "avgpool" and len(size) == 3 else 1
+        least = 2 if self.kind == "blur" else 1  # reflection needs a neighbour
         if min(out) < 1 or min(size) < least:
             raise SpecError(
                 f"layer {self.name}: nothing is left of a {'×'.join(map(str, size))} map; enlarge the image"

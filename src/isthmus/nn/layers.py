@@ -75,7 +75,11 @@ class AveragePool(nn.Module):
         """(N, C, *size) to (N, C, *size / stride), rounded up when `ceil`."""
         if self.stride == 1:
             x = F.pad(x, (0, self.kernel - 1) * self.dims)
-        pool = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)[self.dims - 1]
+        if self.dims == 3:
+            # Short clips end in maps thinner than the kernel, which torch refuses in 3D alone: their mean is of what is.
+            kernel = [min(self.kernel, side) for side in x.shape[2:]]
+            return F.avg_pool3d(x, kernel, self.stride, ceil_mode=self.ceil, count_include_pad=False)
+        pool = F.avg_pool1d if self.dims == 1 else F.avg_pool2d
         return pool(x, self.kernel, self.stride, ceil_mode=self.ceil, count_include_pad=False)
 
 
