@@ -76,7 +76,7 @@ class AveragePool(nn.Module):
         if self.stride == 1:
             x = F.pad(x, (0, self.kernel - 1) * self.dims)
         if self.dims == 3:
-            # Short clips end in maps thinner than the kernel, which torch refuses in 3D alone: their mean is of what is.
+            # Short clips end in maps thinner than the kernel; in 3D alone torch refuses them.
             kernel = [min(self.kernel, side) for side in x.shape[2:]]
             return F.avg_pool3d(x, kernel, self.stride, ceil_mode=self.ceil, count_include_pad=False)
         pool = F.avg_pool1d if self.dims == 1 else F.avg_pool2d
