@@ -42,29 +42,51 @@ def timm_preprocess(module: nn.Module) -> Preprocess | None:
 
 
 def candidates(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
-    """Names of the table whose tensors have these names and shapes; the number of classes and channels is free."""
-    stem = next((tensors[name] for name in FIRST if name in tensors and tensors[name].ndim == 4), None)
-    if stem is None:
+    """Names of the table whose tensors have these names and shapes; the number of classes and channels is free.
+
+    Networks that the layout's library does not have, or has with another epsilon, are left out.
+    """
+    table = LAYOUTS[layout]
+    shapes = {key: tensor.to("meta") for key, tensor in tensors.items()}
+    stem = next((shape for key in layouts.keys(layout, STEMS) if (shape := shapes.get(key)) is not None), None)
+    if stem is None or stem.ndim != 4:
         return []
-    head = next((tensors[name] for name in LAST if name in tensors), None)
-    total = sum(tensor.numel() for name, tensor in tensors.items() if not name.endswith(STATISTICS))
+    head = next((shape for key in layouts.keys(layout, ("fc",)) if (shape := shapes.get(key)) is not None), None)
+    stem_in = stem.shape[-2 if table.channels_last else 1]
+    classes = 0 if head is None else head.shape[-1 if table.channels_last else 0]
+    total = sum(shape.numel() for shape in shapes.values() if shape.ndim > 1)
     names = []
-    rules = LAYOUTS[layout]
     for name in variants():
-        spec = replace(variant(name), in_channels=stem.shape[1], num_classes=0 if head is None else len(head))
+        spec = replace(variant(name), in_channels=stem_in, num_classes=classes)
+        known_epsilon = table.norm_eps in (None, spec.norm_eps)
         # Counting is quicker than building by three orders.
-        possible = not rules.rules or spec.preact == rules.preact
-        if possible and cost(spec).params == total and _fits(tensors, layout, spec):
+        if known_epsilon and layout in carriers(spec) and _weights(spec) == total and _fits(shapes, layout, spec):
             names.append(name)
     return names
 
 
-def _fits(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> bool:
+def decided(tensors: Mapping[str, Tensor], layout: str) -> str | None:
+    """The one network of the table that tensors can be of; None where names and shapes leave anything open."""
+    if not LAYOUTS[layout].decisive:
+        return None
+    names = candidates(tensors, layout)
+    return names[0] if len(names) == 1 else None
+
+
+def _weights(spec: NetSpec) -> int:
+    """Numbers in the kernels of convolutions and the classifier, which every layout holds alike."""
+    return sum(
+        row.params - row.out_channels * layer.bias
+        ...
+    )
+
+
+def _fits(shapes: Mapping[str, Tensor], layout: str, spec: NetSpec) -> bool:
     with torch.device("meta"):
         wanted = ResNet(plan(spec)).state_dict()
-    found = to_native(tensors, layout, spec)
+    found = layouts.to_native(shapes, layout, spec).tensors
     learnt, given = (
-        {name: tensor.shape for name, tensor in state.items() if not name.endswith(STATISTICS[-1])}
+        {name: tensor.shape for name, tensor in state.items() if not name.endswith(COUNTER)}
         for state in (wanted, found)
     )
     return learnt == given
@@ -85,8 +107,9 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
         theirs.set_submodule(name, nn.Identity())
     randomise(theirs)
     tensors = to_native(theirs.state_dict(), layout, net.spec)
-    channels = next(tensors[name] for name in FIRST if name in tensors).shape[1]
-    spec = replace(net.spec, in_channels=channels, num_classes=0, drop_path=0.0, head=HeadSpec())
+    first = next(tensors[name] for name in FIRST if name in tensors)
+    channels, dims = first.shape[1], first.ndim - 2
+    spec = replace(net.spec, in_channels=channels, dims=dims, num_classes=0, drop_path=0.0, head=HeadSpec())
     own = {
         block.spec.kind: type(net.get_submodule(block.name))
         for block in net.plan.blocks
