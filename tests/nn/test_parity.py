@@ -15,7 +15,8 @@ from isthmus.arch.variants import variant, variants
 from isthmus.nn.network import ResNet
 from oracles import bare, ours, picture, random_state, relative_error, seed_of, timm_net, trimmed
 
-TIMM = [name for name in variants() if "v1" not in name and "v2" not in name and "cifar" not in name]
+OTHERS = ("v1", "v2", "cifar", "keras")
+TIMM = [name for name in variants() if not any(part in name for part in OTHERS)]
 TORCHVISION = list(json.loads((Path(__file__).parents[1] / "golden/torchvision.json").read_text())["models"])
 TOLERANCE = 1e-8
 

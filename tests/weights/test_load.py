@@ -122,7 +122,7 @@ def test_a_run_folder(tmp_path, saved):
         ({"preprocess": {"crop": -1}}, "crop"),
         ({"classes": None}, "cannot be read"),
         ({"classes": ["a"]}, "names 1 classes for 3 outputs"),
-        ({"layout": "keras"}, "no layout 'keras'"),
+        ({"layout": "darknet"}, "no layout 'darknet'"),
     ],
 )
 def test_descriptions_that_make_no_sense(tmp_path, saved, change, reason):
@@ -179,7 +179,7 @@ def test_a_bare_state_dict_names_no_network(tmp_path):
     with pytest.raises(WeightsError) as raised:
         load(tmp_path / "a.pth")
     text = str(raised.value)
-    assert "resnet50, resnet50_v1, resnetaa50, resnetblur50" in text
+    assert "resnet50, resnet50_v1, resnet50_keras, resnetaa50, resnetblur50" in text
     assert f"net = create('resnet50'); load_weights(net, {str(tmp_path / 'a.pth')!r})" in text
 
 

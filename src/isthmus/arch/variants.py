@@ -1,14 +1,15 @@
 """The whole family as one table: a name, its depths, and what sets it apart from ResNet-50.
 
 Names are timm's where timm has one. `_v1` strides on the first 1×1 (He et al. 2015 as released); everything else
-strides on the 3×3 (Goyal et al. 2017). The `cifar` nets are those of He et al. 2015 §4.2 and 2016; `plain…` are the
+strides on the 3×3 (Goyal et al. 2017). `_keras` are Keras' own: its ResNet strides as v1, its ResNetV2 in a stage's
+last block, and both have another epsilon. The `cifar` nets are those of He et al. 2015 §4.2 and 2016; `plain…` are the
 same without shortcuts.
 """
 
 import difflib
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, Literal
 
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
 from isthmus.errors import SpecError
@@ -19,6 +20,7 @@ DEEP = StemSpec(widths=(32, 32, 64), kernel=3)  # He et al. 2018 (bag of tricks)
 TIERED = StemSpec(widths=(24, 32, 64), kernel=3)  # timm's T
 WIDE_DEEP = StemSpec(widths=(64, 64, 128), kernel=3)  # S, and SENet-154
 RS_STEM = StemSpec(widths=(32, 32, 64), kernel=3, pool="conv")  # Bello et al. 2021
+KERAS_STEM = StemSpec(pool="max_zero", bias=True)
 CIFAR_STEM = StemSpec(widths=(16,), kernel=3, stride=1, pool="none")
 
 C: dict[str, Any] = {"stem": DEEP}
@@ -33,6 +35,13 @@ RS: dict[str, Any] = {"stem": RS_STEM, "shortcut": "avg", "attention": "se", "at
 V1: dict[str, Any] = {"stride_at": "conv1"}
 BASIC: dict[str, Any] = {"block": "basic"}
 PREACT: dict[str, Any] = {"block": "preact_bottleneck"}
+KERAS: dict[str, Any] = {"norm_eps": 1.001e-5}
+KERAS_V2: dict[str, Any] = {
+    "stem": KERAS_STEM,
+    "shortcut": "maxpool",
+    "strides": (2, 2, 2, 1),
+    "stride_block": "last",
+}
 X4: dict[str, Any] = {"groups": 32, "base_width": 4}  # Xie et al. 2016 (ResNeXt)
 X8: dict[str, Any] = {"groups": 32, "base_width": 8}
 X64: dict[str, Any] = {"groups": 64, "base_width": 4}
@@ -57,16 +66,19 @@ TABLE: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "resnet50d": (D50, D),
     "resnet50s": (D50, S),
     "resnet50t": (D50, T),
+    "resnet50_keras": (D50, V1 | KERAS),
     "resnet101": (D101, {}),
     "resnet101_v1": (D101, V1),
     "resnet101c": (D101, C),
     "resnet101d": (D101, D),
     "resnet101s": (D101, S),
+    "resnet101_keras": (D101, V1 | KERAS),
     "resnet152": (D152, {}),
     "resnet152_v1": (D152, V1),
     "resnet152c": (D152, C),
     "resnet152d": (D152, D),
     "resnet152s": (D152, S),
+    "resnet152_keras": (D152, V1 | KERAS),
     "resnet200": (D200, {}),
     "resnet200d": (D200, D),
     "wide_resnet50_2": (D50, {"base_width": 128}),
@@ -125,10 +137,13 @@ TABLE: dict[str, tuple[tuple[int, ...], dict[str, Any]]] = {
     "resnetv2_50": (D50, PREACT),
     "resnetv2_50d": (D50, PREACT | D),
     "resnetv2_50t": (D50, PREACT | T),
+    "resnetv2_50_keras": (D50, PREACT | KERAS | KERAS_V2),
     "resnetv2_101": (D101, PREACT),
     "resnetv2_101d": (D101, PREACT | D),
+    "resnetv2_101_keras": (D101, PREACT | KERAS | KERAS_V2),
     "resnetv2_152": (D152, PREACT),
     "resnetv2_152d": (D152, PREACT | D),
+    "resnetv2_152_keras": (D152, PREACT | KERAS | KERAS_V2),
     "test_resnet": (
         (1, 1, 1, 1),
         {
@@ -162,12 +177,14 @@ def imagenet_spec(
     groups: int = 1,
     base_width: int = 64,
     halve_reduce: bool = False,
+    strides: tuple[int, ...] = (1, 2, 2, 2),
+    stride_block: Literal["first", "last"] = "first",
     **network: Any,
 ) -> NetSpec:
     """A row of TABLE as a spec: strip = planes × base_width / 64 × groups, outer = planes × expansion."""
     blocks = (block,) * len(depths) if isinstance(block, str) else block
     stages = []
-    for index, (depth, kind, plane) in enumerate(zip(depths, blocks, planes, strict=True)):
+    for depth, kind, plane, stride in zip(depths, blocks, planes, strides, strict=True):
         mid = plane * base_width // 64 * groups
         stages.append(
             StageSpec(
@@ -175,7 +192,8 @@ def imagenet_spec(
                 mid=mid,
                 out=plane if kind == "basic" else plane * 4,
                 block=kind,
-                stride=1 if index == 0 else 2,
+                stride=stride,
+                stride_block=stride_block,
                 groups=groups,
                 reduce=mid // 2 if halve_reduce else 0,
             )

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from isthmus.arch.cost import cost
+from isthmus.arch.cost import layer_cost
 from isthmus.arch.plan import plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec, NetSpec
@@ -15,14 +15,13 @@ from isthmus.arch.variants import variant, variants
 from isthmus.errors import SpecError, WeightsError
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
-from isthmus.weights.layouts import LAYOUTS, pairs, to_native
+from isthmus.weights.layouts import LAYOUTS, carriers, modules, pairs, to_native, weight_keys
 
-__all__ = ["candidates", "check_same_function", "timm_preprocess"]
+__all__ = ["candidates", "check_same_function", "decided", "timm_preprocess"]
 
 TOLERANCE = 1e-3  # in single precision; a wrong stride place or filter is off by more than a tenth
-FIRST = ("conv1.weight", "conv1.0.weight", "stem.conv.weight", "stem.conv1.weight")
-LAST = ("fc.weight", "head.fc.weight")
-STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+STEMS = ("conv1", "conv1.0")
+COUNTER = "num_batches_tracked"
 
 
 def timm_preprocess(module: nn.Module) -> Preprocess | None:
@@ -48,16 +47,16 @@ def candidates(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
     """
     table = LAYOUTS[layout]
     shapes = {key: tensor.to("meta") for key, tensor in tensors.items()}
-    stem = next((shape for key in layouts.keys(layout, STEMS) if (shape := shapes.get(key)) is not None), None)
+    stem = next((shapes[key] for key in weight_keys(layout, *STEMS) if key in shapes), None)
     if stem is None or stem.ndim != 4:
         return []
-    head = next((shape for key in layouts.keys(layout, ("fc",)) if (shape := shapes.get(key)) is not None), None)
-    stem_in = stem.shape[-2 if table.channels_last else 1]
+    head = next((shapes[key] for key in weight_keys(layout, "fc") if key in shapes), None)
+    channels = stem.shape[-2 if table.channels_last else 1]
     classes = 0 if head is None else head.shape[-1 if table.channels_last else 0]
     total = sum(shape.numel() for shape in shapes.values() if shape.ndim > 1)
     names = []
     for name in variants():
-        spec = replace(variant(name), in_channels=stem_in, num_classes=classes)
+        spec = replace(variant(name), in_channels=channels, num_classes=classes)
         known_epsilon = table.norm_eps in (None, spec.norm_eps)
         # Counting is quicker than building by three orders.
         if known_epsilon and layout in carriers(spec) and _weights(spec) == total and _fits(shapes, layout, spec):
@@ -74,17 +73,15 @@ def decided(tensors: Mapping[str, Tensor], layout: str) -> str | None:
 
 
 def _weights(spec: NetSpec) -> int:
-    """Numbers in the kernels of convolutions and the classifier, which every layout holds alike."""
-    return sum(
-        row.params - row.out_channels * layer.bias
-        ...
-    )
+    """Numbers in the kernels of convolutions and of the classifier, which every layout holds alike."""
+    layers = (layer for _, layer, _ in modules(plan(spec)) if layer.kind != "norm")
+    return sum(layer_cost(layer, (1,) * spec.dims)[0] - layer.out_channels * layer.bias for layer in layers)
 
 
 def _fits(shapes: Mapping[str, Tensor], layout: str, spec: NetSpec) -> bool:
     with torch.device("meta"):
         wanted = ResNet(plan(spec)).state_dict()
-    found = layouts.to_native(shapes, layout, spec).tensors
+    found = to_native(shapes, layout, spec).tensors
     learnt, given = (
         {name: tensor.shape for name, tensor in state.items() if not name.endswith(COUNTER)}
         for state in (wanted, found)
@@ -99,15 +96,13 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
     elsewhere. Parameters are random because those of a fresh network hide much (a block whose last scale is 0).
     """
     theirs = copy.deepcopy(module).cpu().float().eval()
-    for name in ("fc", "head.fc"):
-        try:
-            theirs.get_submodule(name)
-        except AttributeError:
-            continue
-        theirs.set_submodule(name, nn.Identity())
+    modules = dict(theirs.named_modules())
+    for name in (key.removesuffix(".weight") for key in weight_keys(layout, "fc")):
+        if name in modules:
+            theirs.set_submodule(name, nn.Identity())
     randomise(theirs)
-    tensors = to_native(theirs.state_dict(), layout, net.spec)
-    first = next(tensors[name] for name in FIRST if name in tensors)
+    tensors = to_native(theirs.state_dict(), layout, net.spec).tensors
+    first = next(tensors[f"{name}.weight"] for name in STEMS if f"{name}.weight" in tensors)
     channels, dims = first.shape[1], first.ndim - 2
     spec = replace(net.spec, in_channels=channels, dims=dims, num_classes=0, drop_path=0.0, head=HeadSpec())
     own = {
@@ -123,7 +118,10 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
     with torch.no_grad():
         mine = ours(pictures)
         try:
-            other = theirs(pictures).flatten(1)
+            other = theirs(pictures)
+            if not isinstance(other, Tensor):  # transformers' outputs, with and without a classifier
+                other = other.logits if hasattr(other, "logits") else other.pooler_output
+            other = other.flatten(1)
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsError(f"the network in memory cannot be tried on a {side} px picture: {reason}") from error
@@ -155,13 +153,12 @@ def randomise(module: nn.Module) -> None:
 
 def _compare_layers(ours: nn.Module, theirs: nn.Module, layout: str) -> None:
     """Raise WeightsError naming convolutions and norms whose stride, dilation, groups or epsilon differ."""
-    names = {rule.native: rule.foreign for rule in pairs(layout, ours.spec)} if isinstance(ours, ResNet) else {}
+    names = {pair.native: pair.foreign for pair in pairs(layout, ours.spec)} if isinstance(ours, ResNet) else {}
+    modules = dict(theirs.named_modules())
     wrong = []
     for name, layer in ours.named_modules():
-        try:
-            other = theirs.get_submodule(names.get(name, name))
-        except AttributeError:
-            continue
+        spelled = (prefix + foreign for foreign in names.get(name, (name,)) for prefix in ("", LAYOUTS[layout].prefix))
+        other = next((modules[spelling] for spelling in spelled if spelling in modules), None)
         for fact in ("stride", "dilation", "groups", "eps"):
             mine, found = getattr(layer, fact, None), getattr(other, fact, None)
             if hasattr(other, "weight") and None not in (mine, found) and mine != found:

@@ -175,7 +175,8 @@ def _fitted(
     wanted = net.state_dict()
     notes = [*source.notes, *_compared(source, spec)]
     layout = "native" if source.layout == "onnx" else source.layout
-    found = layouts.to_native(source.tensors, layout, spec)
+    found, said = layouts.to_native(source.tensors, layout, spec)
+    notes += said
     dropped = [name for name in found if ignore and name.startswith(ignore)]
     adapted: list[str] = []
 

@@ -28,7 +28,7 @@ def save_weights(
             f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
         )
     text = description(net, layout, extra or {})
-    tensors = layouts.from_native(net.state_dict(), layout, net.spec)
+    tensors = layouts.from_native(net.state_dict(), layout, net.spec).tensors
     files.write(path, tensors, {"format": "pt", "isthmus": text})
 
 
