@@ -160,12 +160,13 @@ def set_attribute(graph, op, name, value, index=0):
     ("change", "reason"),
     [
         (lambda graph: rename(graph, "Relu", "Sigmoid"), "Sigmoid.*Relu was expected here, as layer act1"),
-        (lambda graph: rename(graph, "Relu", "LeakyRelu", 3), "a ReLU must follow a block"),
+        (lambda graph: rename(graph, "Relu", "Sigmoid", 3), "a ReLU or SiLU must follow a block"),
+        (lambda graph: rename(graph, "Relu", "LeakyRelu", 3), "LeakyRelu.*no place in a network of this family"),
         (lambda graph: rename(graph, "Add", "Mul"), "the two ways of a residual block"),
-        (lambda graph: rename(graph, "GlobalAveragePool", "GlobalMaxPool"), "a head is a mean over the map"),
-        (lambda graph: rename(graph, "Gemm", "ArgMax"), "a head is a mean over the map"),
+        (lambda graph: rename(graph, "GlobalAveragePool", "GlobalMaxPool"), "no place in a network of this family"),
+        (lambda graph: rename(graph, "Gemm", "Softmax"), "the graph does not end in a mean over the map"),
         (lambda graph: set_attribute(graph, "Conv", "pads", [2, 2, 3, 3]), r"pads \(2, 2, 3, 3\); as layer conv1"),
-        (lambda graph: set_attribute(graph, "Conv", "auto_pad", "SAME_UPPER"), "automatic padding"),
+        (lambda graph: set_attribute(graph, "Conv", "auto_pad", "SAME_UPPER"), r"pads \(2, 2, 3, 3\); as layer conv1"),
         (lambda graph: set_attribute(graph, "MaxPool", "pads", [1, 1, 0, 0]), "fit neither of the stem pools"),
         (lambda graph: set_attribute(graph, "MaxPool", "kernel_shape", [2, 2]), r"kernel and strides are \(\(2, 2\)"),
         (lambda graph: set_attribute(graph, "Conv", "dilations", [3, 3], 2), r"layer1\.0\.conv2 it would be"),
@@ -199,6 +200,11 @@ def test_plain_networks_have_no_blocks(tmp_path):
         [onnx.helper.make_tensor_value_info("z", 1, None)],
         [onnx.numpy_helper.from_array(model[0].weight.detach().numpy(), "w")],
     )
+    onnx.save(onnx.helper.make_model(graph), str(tmp_path / "a.onnx"))
+    with pytest.raises(WeightsError, match=r"logits \(N, classes\) were expected"):
+        read_onnx(tmp_path / "a.onnx")
+    graph.node.append(onnx.helper.make_node("GlobalAveragePool", ["z"], ["logits"]))
+    graph.output[0].name = "logits"
     onnx.save(onnx.helper.make_model(graph), str(tmp_path / "a.onnx"))
     with pytest.raises(WeightsError, match="holds no residual network"):
         read_onnx(tmp_path / "a.onnx")

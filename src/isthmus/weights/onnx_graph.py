@@ -1,395 +1,490 @@
 """An ONNX graph of a residual network to a NetSpec and its tensors, read by structure and never by the nodes' names.
 
-From the picture on, the stem is the chain of nodes up to the first value that two nodes use. There a block begins; it
-ends in the Add where its main path and its shortcut meet. After the last block comes the head. The spec found is then
-planned, and every node is laid beside its layer of the plan: what the plan cannot say is an error naming the node.
+From the end of the graph's normal form backwards, every Add is the end of a residual block: both its ways lead back to
+the Add before, and what they share belongs to neither. The convolutions suggest a spec; the spec is planned, and every
+operation is laid beside its layer of the plan. What the plan cannot say is an error naming the node.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from isthmus.arch.block import Layer
 from isthmus.arch.plan import Plan, plan
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
-from isthmus.errors import MissingExtraError, SpecError, WeightsError
+from isthmus.arch.variants import variant, variants
+from isthmus.errors import SpecError, WeightsError
+from isthmus.weights.onnx_file import Array, read_graph
+from isthmus.weights.onnx_normal import Normal, Op, normal_form
 
 __all__ = ["OnnxNetwork", "read_onnx"]
 
-OPERATIONS = {
+ONNX_NAMES = {
     "conv": "Conv",
     "norm": "BatchNormalization",
     "act": "Relu",
     "maxpool": "MaxPool",
     "avgpool": "AveragePool",
 }
-SHAPE_ONLY = ("Identity", "Dropout", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose")
-STEM_POOLS = {((1, 1, 1, 1), 0): "max", ((0, 0, 1, 1), 0): "max_ceil", ((0, 0, 0, 0), 1): "max_ceil"}  # pads, ceil_mode
+STEM_POOLS: dict[tuple[tuple[int, ...], bool], Any] = {  # pads and ceil mode of a 3×3 pool
+    ((1, 1, 1, 1), False): "max",
+    ((0, 0, 1, 1), False): "max_ceil",
+    ((0, 0, 0, 0), True): "max_ceil",
+}
+RATIOS = (1 / 16, 1 / 4, 1 / 8, 1 / 2, 1 / 32)  # of squeeze-and-excitation's strip; timm's first
+FOLDED = "norms were already folded into the convolutions, so the network has none"
+PARTLY = "some norms were already folded into convolutions; norms of mean 0 and variance 1 - epsilon hold their biases"
+SPELLED = "norms are spelled out as a factor and a term; norms of mean 0 and variance 1 - epsilon hold them"
+BIASED = "biases beside a norm, or in a pre-activation stream, are taken up by the means of the norms behind them"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnnxNetwork:
-    """A network read from an ONNX graph: its tensors under our names, and notes on what the graph does otherwise."""
+    """A network read from an ONNX graph: its tensors under our names, and notes on what the graph does otherwise.
+
+    `shape` is the picture's as the graph wants it, with a word where any size goes; `channels_last` that it comes as
+    (N, H, W, C), and `softmax` that the graph ends in one.
+    """
 
     spec: NetSpec
     tensors: dict[str, Tensor]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """One operation of a graph: `inputs` are computed values, `constants` are the others by their position."""
-
-    name: str
-    op: str
-    inputs: tuple[str, ...]
-    output: str
-    attributes: dict[str, Any]
-    constants: dict[int, NDArray[Any]]
-
-    def fail(self, reason: str) -> NoReturn:
-        """Raise WeightsError naming this node."""
-        raise WeightsError(f"ONNX node {self.name or self.output!r} ({self.op}): {reason}")
-
-    def get(self, name: str, default: Any) -> Any:
-        """An attribute, lists as tuples."""
-        value = self.attributes.get(name, default)
-        return tuple(value) if isinstance(value, list) else value
-
-    @property
-    def weight(self) -> NDArray[Any]:
-        """The constant that a convolution or a classifier multiplies with."""
-        return self.constants[1] if 1 in self.constants else self.fail("its weight is computed; it must be a constant")
-
-    @property
-    def stride(self) -> int:
-        """Of a convolution."""
-        return int(self.get("strides", (1, 1))[0])
-
-    @property
-    def dilation(self) -> int:
-        """Of a convolution."""
-        return int(self.get("dilations", (1, 1))[0])
-
-
-@dataclass(frozen=True, slots=True)
-class Graph:
-    """The nodes that read each value, the name of the picture with its shape (0: any), and the outputs' names."""
-
-    users: dict[str, list[Node]]
-    input: str
-    shape: tuple[int, ...]
-    outputs: tuple[str, ...]
-
-    def chain(self, value: str) -> list[Node]:
-        """The nodes that follow one another from `value` on, up to a branch, a meeting of two values, or the end."""
-        nodes: list[Node] = []
-        while len(users := self.users.get(value, [])) == 1 and len(users[0].inputs) == 1:
-            nodes.append(users[0])
-            value = users[0].output
-        return nodes
+    shape: tuple[int | str, ...]
+    channels_last: bool
+    softmax: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A residual block in the graph: main path, shortcut, and their addition."""
+    """A residual block in the graph: main path, shortcut, their addition, and the norm that both begin with."""
 
-    main: list[Node]
-    shortcut: list[Node]
-    add: Node
+    lead: list[Op]
+    main: list[Op]
+    shortcut: list[Op]
+    add: Op
 
-    def stage(self) -> StageSpec:
+    def stage(self, preact: bool) -> StageSpec:
         """This block as a stage of its own."""
-        convs = convolutions(self.main)
-        if len(convs) not in (2, 3):
-            self.add.fail(f"the block that ends here has {len(convs)} convolutions; a basic one has 2, a bottleneck 3")
+        convs = of_kind(self.main, "conv")
+        if len(convs) not in ((3,) if preact else (2, 3)):
+            self.add.node.fail(
+                f"the block that ends here has {len(convs)} convolutions; a basic one has 2 and a bottleneck 3, as one "
+                f"with pre-activation has"
+            )
         *_, spatial, last = convs
-        basic, first = len(convs) == 2, convs[0].weight.shape[0]
-        dilation = last.dilation if basic else spatial.dilation
+        basic, first = len(convs) == 2, convs[0].channels
+        dilation = (last if basic else spatial).window.dilations[0]
+        first_dilation = spatial.window.dilations[0]
         return StageSpec(
             depth=1,
-            block="basic" if basic else "bottleneck",
-            mid=spatial.weight.shape[0],
-            out=last.weight.shape[0],
-            reduce=first if first != spatial.weight.shape[0] else 0,
-            stride=prod(conv.stride for conv in convs),
-            groups=spatial.get("group", 1),
+            block="basic" if basic else "preact_bottleneck" if preact else "bottleneck",
+            mid=spatial.channels,
+            out=last.channels,
+            reduce=first if first != spatial.channels else 0,
+            stride=prod(op.window.strides[0] for op in self.main),
+            groups=spatial.window.groups,
             dilation=dilation,
-            first_dilation=spatial.dilation if spatial.dilation != dilation else 0,
+            first_dilation=first_dilation if first_dilation != dilation else 0,
         )
 
 
 def read_onnx(path: Path | str) -> OnnxNetwork:
     """The residual network in an ONNX file; raises WeightsError naming the node that cannot be expressed."""
-    graph = _graph(Path(path))
-    notes: list[str] = []
-    stem = graph.chain(graph.input)
-    if stem and stem[0].op == "Transpose" and stem[0].get("perm", ()) == (0, 3, 1, 2):
-        notes.append("the graph takes pictures as (N, H, W, C); the network takes (N, C, H, W)")
-        graph = replace(graph, shape=tuple(graph.shape[axis] for axis in (0, 3, 1, 2)))
-        del stem[0]
-    if not stem or stem[-1].output not in graph.users:
-        raise WeightsError(f"{path} holds no residual network: no value in its graph takes two ways")
-    blocks, value = _blocks(graph, stem[-1].output)
-    head = graph.chain(value)
-    every = [*stem, *(node for block in blocks for node in (*block.main, *block.shortcut))]
-    norm = next((node for node in every if node.op == "BatchNormalization"), None)
-    if norm is None:
-        notes.append("norms were already folded into the convolutions, so the network has none")
+    path = Path(path)
+    normal = normal_form(read_graph(path))
+    stem, blocks, tail = _blocks(normal.end)
+    if not blocks:
+        raise WeightsError(f"{path} holds no residual network: no two ways in its graph are added")
+    every = [*stem, *(op for block in blocks for op in (*block.lead, *block.main, *block.shortcut)), *tail]
     try:
-        spec = replace(
-            _spec(stem, blocks),
-            name=Path(path).stem,
-            norm="batch" if norm else "none",
-            norm_eps=_epsilon(norm) if norm else 1e-5,
-            num_classes=next((_classifier(node).shape[0] for node in head if node.op in ("Gemm", "MatMul")), 0),
-        )
-        net = plan(spec, graph.shape[2:] if min(graph.shape[2:]) > 0 else 224)
-        layers = [net.stem, *(part for block in net.blocks for part in (block.spec.main, block.spec.downsample))]
+        spec = _spec(stem, blocks, tail, every)
+        size = tuple(side if isinstance(side, int) else 224 for side in every[0].inputs[0].size)
+        spec = _squeezed(spec, every, size)
+        net = plan(spec, size)
+        layers = _Layers(spec)
+        layers.network(net, stem, blocks, tail)
+        spec = replace(spec, **{"name": path.stem} | _named(spec, known_eps=any(op.eps for op in every)))
     except SpecError as error:
         raise WeightsError(f"{path}: its network cannot be built: {error}") from error
-    chains = [stem, *(part for block in blocks for part in (block.main, block.shortcut))]
-    ends = [blocks[0].add, *(block.add for block in blocks for _ in range(2))]
-    prefixes = ["", *(f"{block.name}." for block in net.blocks for _ in range(2))]
-    tensors: dict[str, Tensor] = {}
-    for nodes, wanted, prefix, end in zip(chains, layers, prefixes, ends, strict=True):
-        tensors |= _chain_tensors(nodes, wanted, prefix, end, spec.norm_eps)
-    tensors |= _head_tensors(head, graph, net, notes)
-    return OnnxNetwork(spec=spec, tensors=tensors, notes=tuple(notes))
+    return OnnxNetwork(
+        spec=spec,
+        tensors=layers.tensors,
+        notes=tuple(_notes(normal, spec, every, layers.notes)),
+        shape=normal.shape,
+        channels_last=normal.channels_last,
+        softmax=normal.end.kind == "softmax",
+    )
 
 
-def convolutions(nodes: Sequence[Node]) -> list[Node]:
-    """The convolutions among nodes."""
-    return [node for node in nodes if node.op == "Conv"]
+def of_kind(ops: Iterable[Op], *kinds: str) -> list[Op]:
+    """Those of the operations that are of one of these kinds."""
+    return [op for op in ops if op.kind in kinds]
 
 
-def _blocks(graph: Graph, value: str) -> tuple[list[Block], str]:
-    """The residual blocks from `value` on, and the value after the last."""
-    blocks: list[Block] = []
-    while len(starts := graph.users.get(value, [])) > 1:
-        ways, meetings = [], []
-        for start in starts:
-            way = [start, *graph.chain(start.output)] if len(start.inputs) == 1 else []
-            ends = graph.users.get(way[-1].output, []) if way else [start]
-            if len(starts) > 2 or len(ends) != 1:
-                (way or [start])[-1].fail("a block with more ways than a main path and a shortcut (attention?)")
-            ways.append(way)
-            meetings.append(ends[0])
-        for meeting in meetings:
-            if meeting.op != "Add" or meeting is not meetings[0]:
-                meeting.fail("here the two ways of a residual block were expected to be added")
-        after = graph.users.get(meetings[0].output, [])
-        if len(after) != 1 or after[0].op != "Relu":
-            culprit = after[0] if after else meetings[0]
-            culprit.fail("a ReLU must follow a block's addition; other activations and orders cannot be read yet")
-        shortcut, main = sorted(ways, key=lambda way: len(convolutions(way)))
-        blocks.append(Block(main, shortcut, meetings[0]))
-        value = after[0].output
-    return blocks, value
+# Structure
 
 
-def _spec(stem: list[Node], blocks: list[Block]) -> NetSpec:
+def _blocks(end: Op) -> tuple[list[Op], list[Block], list[Op]]:
+    """Stem, residual blocks and tail of a network that ends in `end`."""
+    tail, start = _way(end)
+    found: list[tuple[list[Op], list[Op], list[Op], Op]] = []
+    while start.kind == "add":
+        add = start
+        (first, start), (second, other) = (_way(op) for op in add.inputs)
+        if other is not start:
+            add.node.fail("the two ways of a residual block were expected here, and they begin at different places")
+        common = 0
+        while common < min(len(first), len(second)) and first[common] is second[common]:
+            common += 1
+        shortcut, main = sorted((first[common:], second[common:]), key=lambda way: len(of_kind(way, "conv")))
+        found.insert(0, (first[:common], main, shortcut, add))
+    if not found:
+        return tail, [], []
+    preact = tail[:1] != [] and tail[0].kind == "norm"
+    stem, blocks = found[0][0], []
+    for number, (shared, main, shortcut, add) in enumerate(found):
+        lead: list[Op] = shared
+        if number == 0 and preact:
+            # Where a projection reads the activated stem, its norm and activation are the first block's.
+            begins = main[0].kind == "conv" if main else False
+            cut = len(stem) - (0 if not begins else 2 if stem[-2:-1] and stem[-2].kind == "norm" else 1)
+            stem, lead = stem[:cut], stem[cut:]
+        elif number == 0:
+            lead = []
+        elif not preact:
+            _check_activation(shared, (*main, add), found[number - 1][3])
+            lead = []
+        blocks.append(Block(lead, main, shortcut, add))
+    if not preact:
+        _check_activation(tail[:1], tail or [end], found[-1][3])
+        tail = tail[1:]
+    return stem, blocks, tail
+
+
+def _way(op: Op) -> tuple[list[Op], Op]:
+    """The operations that lead one after another to `op`, and the Add or the picture that they begin at."""
+    way: list[Op] = []
+    while op.kind not in ("add", "input"):
+        way.append(op)
+        op = op.inputs[0]
+    return way[::-1], op
+
+
+def _check_activation(shared: Sequence[Op], after: Sequence[Op], add: Op) -> None:
+    """Raise WeightsError unless one activation follows a post-activation block's addition."""
+    if len(shared) != 1 or shared[0].kind not in ("act", "silu"):
+        culprit = shared[0] if shared else after[0] if after else add
+        culprit.node.fail("a ReLU or SiLU must follow a block's addition, or a norm begin every block and the head")
+
+
+def _spec(stem: list[Op], blocks: list[Block], tail: list[Op], every: list[Op]) -> NetSpec:
     """The spec that the graph's convolutions suggest; laying the plan beside the graph proves or refutes it."""
-    convs, pools = convolutions(stem), [node for node in stem if node.op == "MaxPool"]
+    preact = bool(tail) and tail[0].kind == "norm"
+    convs = of_kind(stem, "conv")
     if not convs:
-        stem[0].fail("the network begins with it; a convolution was expected, and preprocessing belongs outside")
+        (stem or every)[0].node.fail("the network begins with it; a convolution was expected")
+    rows = [block.stage(preact) for block in blocks]
+    mains = [op for block in blocks for op in block.main]
+    shortcuts = [op for block in blocks for op in block.shortcut]
+    kinds = {op.kind for op in shortcuts}
+    wide = any(op.weight.shape[-1] == 3 for op in of_kind(shortcuts, "conv"))
+    early = any(
+        of_kind(block.main, "conv")[0].window.strides[0] > 1 and row.block != "basic"
+        for block, row in zip(blocks, rows, strict=True)
+    )
+    filters = {op.kind for op in (*stem, *mains)} & {"blur", "avgpool"}
+    gates = {part.kind for op in of_kind(mains, "gate") for part in op.parts}
+    norms = of_kind(every, "norm")
+    heads = of_kind(tail, "linear", "conv")
+    return NetSpec(
+        stem=_stem(stem, convs),
+        stages=_stages(rows, preact),
+        shortcut="pad" if "padchannels" in kinds
+        else "maxpool" if "maxpool" in kinds
+        else "avg" if "avgpool" in kinds
+        else "conv3" if wide
+        else "conv1",
+        stride_at="conv1" if early else "conv2",
+        norm="batch" if norms else "none",
+        norm_eps=next((op.eps for op in norms if op.eps), 1e-5),
+        activation="silu" if of_kind(every, "silu") else "relu",
+        attention="se" if "linear" in gates else "eca" if gates else "none",
+        anti_alias="blur" if "blur" in filters else "avg" if filters else "none",
+        in_channels=convs[0].inputs[0].channels,
+        num_classes=heads[0].channels if heads else 0,
+    )  # fmt: skip
+
+
+def _stem(stem: list[Op], convs: list[Op]) -> StemSpec:
     pool: Any = "conv" if len(convs) == 4 else "none"
-    if pools:
-        facts = pools[0].get("pads", (0, 0, 0, 0)), pools[0].get("ceil_mode", 0)
-        if facts not in STEM_POOLS or pools[0].get("auto_pad", b"NOTSET") != b"NOTSET":
-            pools[0].fail("its pads fit neither of the stem pools max and max_ceil")
-        pool = STEM_POOLS[facts]
-    rows = [block.stage() for block in blocks]
+    if of_kind(stem, "blur", "avgpool"):
+        pool = "max"
+    elif pools := of_kind(stem, "maxpool"):
+        facts = pools[0].window.pads, pools[0].window.ceil
+        zeros = of_kind(stem, "zeropad")
+        if zeros:
+            facts = (zeros[0].window.pads, False) if not any(facts[0]) and not facts[1] else ((), False)
+        if facts not in STEM_POOLS or (zeros and STEM_POOLS[facts] != "max"):
+            pools[0].node.fail("its pads fit neither of the stem pools max, max_zero and max_ceil")
+        pool = "max_zero" if zeros else STEM_POOLS[facts]
+    last = convs[min(len(convs), 3) - 1]
+    # A bias behind which a norm or an activation stands is taken up by that norm, or is what is left of it.
+    open_end = stem[-1] is last or stem[stem.index(last) + 1].kind not in ("norm", "act", "silu")
+    return StemSpec(
+        widths=tuple(conv.channels for conv in convs[:3]),
+        kernel=convs[0].weight.shape[-1],
+        stride=convs[0].window.strides[0],
+        pool=pool,
+        bias=open_end and "bias" in last.constants and pool != "none",
+    )
+
+
+def _stages(rows: list[StageSpec], preact: bool) -> tuple[StageSpec, ...]:
+    """Blocks of one shape put together; a stage's first block, or its last, may have a stride and another dilation."""
     stages: list[StageSpec] = []
     for row in rows:
-        # Within a stage, the first block may have another stride and dilation than the others.
-        changes = {"stride": 1, "dilation": row.dilation, "first_dilation": row.first_dilation}
-        if stages and replace(stages[-1], depth=1, **changes) == row:  # type: ignore[arg-type]
-            last = stages[-1]
+        last = stages[-1] if stages else row
+        same: dict[str, Any] = {
+            "depth": 1,
+            "stride": row.stride,
+            "dilation": row.dilation,
+            "first_dilation": row.first_dilation,
+        }
+        alike = bool(stages) and replace(last, **same) == row
+        if alike and row.stride == 1:
             first = last.first_dilation or last.dilation
-            first = first if first != row.dilation else 0
-            stages[-1] = replace(last, depth=last.depth + 1, dilation=row.dilation, first_dilation=first)
+            changes: dict[str, Any] = {
+                "dilation": row.dilation,
+                "first_dilation": first if first != row.dilation else 0,
+            }
+            stages[-1] = replace(last, depth=last.depth + 1, **changes)
+        elif alike and preact and last.stride == 1:
+            stages[-1] = replace(last, depth=last.depth + 1, stride=row.stride, stride_block="last")
         else:
             stages.append(row)
-    shortcuts = [node for block in blocks for node in block.shortcut]
-    wide = any(conv.weight.shape[-1] == 3 for conv in convolutions(shortcuts))
-    early = any(
-        convolutions(block.main)[0].stride > 1 for block, row in zip(blocks, rows, strict=True) if row.block != "basic"
-    )
-    kernel, widths = convs[0].weight.shape[-1], tuple(conv.weight.shape[0] for conv in convs)
-    return NetSpec(
-        stem=StemSpec(widths=widths[:3], kernel=kernel, stride=convs[0].stride, pool=pool),
-        stages=tuple(stages),
-        shortcut="avg" if any(node.op == "AveragePool" for node in shortcuts) else "conv3" if wide else "conv1",
-        stride_at="conv1" if early else "conv2",
-        in_channels=convs[0].weight.shape[1],
-    )
+    return tuple(stages)
 
 
-def _chain_tensors(
-    nodes: Sequence[Node], layers: Sequence[Layer], prefix: str, end: Node, eps: float
-) -> dict[str, Tensor]:
-    """The tensors of a chain of nodes that is a chain of layers; raises WeightsError at the first that differs."""
-    tensors: dict[str, Tensor] = {}
-    layers = [layer for layer in layers if layer.kind != "avgpool" or layer.kernel > 1]
-    for node, layer in zip(nodes, layers, strict=False):
-        name = prefix + layer.name
-        if node.op != OPERATIONS.get(layer.kind):
-            node.fail(f"{OPERATIONS.get(layer.kind, layer.kind)} was expected here, as layer {name}")
-        if layer.kind in ("maxpool", "avgpool"):
-            found = node.get("kernel_shape", ()), node.get("strides", (1, 1))
-            wanted = (layer.kernel,) * 2, (layer.stride,) * 2
-            if found != wanted or (layer.kind == "avgpool" and any(node.get("pads", ()))):
-                node.fail(f"kernel and strides are {found}; as layer {name} they would be {wanted}, without pads")
-        elif layer.kind == "norm":
-            if _epsilon(node) != eps or set(node.constants) != {1, 2, 3, 4}:
-                node.fail(f"its statistics must be constants and its epsilon {eps}, as in the first norm")
-            for position, part in enumerate(("weight", "bias", "running_mean", "running_var"), 1):
-                tensors[f"{name}.{part}"] = _tensor(node.constants[position])
-            tensors[f"{name}.num_batches_tracked"] = torch.tensor(0)
-        elif layer.kind == "conv":
-            _check_conv(node, layer, name)
-            tensors[f"{name}.weight"] = _tensor(node.weight)
-            if layer.bias:
-                tensors[f"{name}.bias"] = _tensor(node.constants.get(2, np.zeros(layer.out_channels, np.float32)))
-            elif 2 in node.constants:
-                node.fail("it has a bias and a norm after it; fold the norm into the convolution first")
-    if len(nodes) != len(layers):
-        culprit = nodes[len(layers)] if len(nodes) > len(layers) else end
-        culprit.fail(f"{len(nodes)} nodes stand where {len(layers)} layers {prefix}* were expected")
-    return tensors
+def _squeezed(spec: NetSpec, every: list[Op], size: tuple[int, ...]) -> NetSpec:
+    """The spec with the ratio of its squeeze-and-excitation that gives the widths found."""
+    found = [op.parts[0].channels for op in of_kind(every, "gate")]
+    if spec.attention != "se":
+        return spec
+    for ratio in RATIOS:
+        tried = replace(spec, attention_ratio=ratio)
+        gates = [block.spec.gate()[0].out_channels for block in plan(tried, size).blocks]
+        if gates == found:
+            return tried
+    gate = of_kind(every, "gate")[0]
+    return gate.parts[0].node.fail(f"squeeze-and-excitation through {found} channels fits no ratio of {RATIOS}")
 
 
-def _check_conv(node: Node, layer: Layer, name: str) -> None:
-    """Raise WeightsError unless a convolution is what the plan says."""
-    if node.get("auto_pad", b"NOTSET") not in (b"NOTSET", b"VALID") and layer.kernel > 1:
-        node.fail("automatic padding depends on the picture's size; export with explicit pads")
-    facts = {
-        "weight shape": (
-            node.weight.shape,
-            (layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel),
-        ),
-        "strides": (node.get("strides", (1, 1)), (layer.stride,) * 2),
-        "pads": (node.get("pads", (0,) * 4), (layer.padding,) * 4),
-        "dilations": (node.get("dilations", (1, 1)), (layer.dilation,) * 2),
-        "group": (node.get("group", 1), layer.groups),
-    }
-    for fact, (found, wanted) in facts.items():
-        if found != wanted:
-            node.fail(f"{fact} {found}; as layer {name} it would be {wanted}, and no other can be built")
+def _named(spec: NetSpec, *, known_eps: bool) -> dict[str, Any]:
+    """Name and epsilon of the variant that this is, whatever its classes and input channels; empty if it is none."""
+    for name in variants():
+        row = variant(name)
+        same: dict[str, Any] = {"name": name, "num_classes": spec.num_classes, "in_channels": spec.in_channels}
+        same |= {"norm": spec.norm} if spec.norm == "none" else {}
+        same |= {} if known_eps else {"norm_eps": spec.norm_eps}
+        if replace(row, **same) == replace(spec, name=name):
+            return {"name": name, "norm_eps": row.norm_eps}
+    return {}
 
 
-def _head_tensors(nodes: list[Node], graph: Graph, net: Plan, notes: list[str]) -> dict[str, Tensor]:
-    """The classifier's tensors; raises WeightsError unless the head is a mean over the map and one linear layer."""
-    tensors: dict[str, Tensor] = {}
-    axes, pooled = (2, 3), False
-    for node in nodes:
-        if not pooled and node.op == "Transpose" and node.get("perm", ()) == (0, 2, 3, 1):
-            axes = (1, 2)
-        elif not pooled and node.op in ("GlobalAveragePool", "AveragePool", "ReduceMean"):
-            _check_pool(node, graph, net, axes)
-            pooled = True
-        elif pooled and node.op in SHAPE_ONLY:
-            continue
-        elif pooled and node.op in ("Gemm", "MatMul") and not tensors:
-            weight = _classifier(node)
-            bias = node.constants.get(2, np.zeros(len(weight), np.float32))
-            tensors = {"fc.weight": _tensor(weight), "fc.bias": _tensor(bias)}
-        elif node.op == "Add" and tensors:
-            tensors["fc.bias"] += _tensor(next(iter(node.constants.values()))).flatten()
-        elif node.op == "Softmax" and tensors and node.output in graph.outputs:
-            notes.append("the graph ends in a softmax; the network gives the logits before it")
-        else:
-            node.fail("a head is a mean over the map, then one linear layer; this cannot be expressed")
-    if not pooled or nodes[-1].output not in graph.outputs:
-        raise WeightsError("the graph does not end in a mean over the map and a linear layer")
-    return tensors
+def _notes(normal: Normal, spec: NetSpec, every: list[Op], found: set[str]) -> Iterable[str]:
+    """What the user should know of the graph beside its spec and tensors."""
+    if normal.channels_last:
+        yield "the graph takes pictures as (N, H, W, C); the network takes (N, C, H, W)"
+    if any(any(op.window.pads) and op.node.text("auto_pad", "NOTSET").startswith("SAME") for op in every):
+        yield f"automatic pads were worked out for pictures of {normal.shape}; at other sizes they may differ"
+    if spec.norm == "none":
+        yield FOLDED
+    yield from sorted(found)
+    if normal.end.kind == "softmax":
+        yield "the graph ends in a softmax; the network gives the logits before it"
 
 
-def _check_pool(node: Node, graph: Graph, net: Plan, axes: tuple[int, int]) -> None:
-    """Raise WeightsError unless a pool takes the mean over the whole map."""
-    if node.op == "ReduceMean":
-        found = tuple(int(axis) % 4 for axis in node.get("axes", node.constants.get(1, ())))
-        if found != axes:
-            node.fail(f"a mean over axes {found}; over the map it would be {axes}")
-    elif node.op == "AveragePool":
-        if min(graph.shape[2:]) < 1:
-            node.fail("a fixed window over a map of any size; export with a fixed picture size, or a global mean")
-        window, size = node.get("kernel_shape", ()), net.features[-1].size
-        if window != size or any(node.get("pads", ())):
-            node.fail(f"a window of {window} on a map of {size}; only a mean over the whole map is known")
+# Tensors
 
 
-def _classifier(node: Node) -> NDArray[Any]:
-    """A linear layer's weight (classes, features)."""
-    if node.get("alpha", 1.0) != 1 or node.get("beta", 1.0) != 1 or node.get("transA", 0):
-        node.fail("a scaled or transposed classifier cannot be read")
-    return node.weight if node.get("transB", 0) else node.weight.T
+class _Layers:
+    """Lays operations beside the layers of a plan and collects their tensors; raises WeightsError where they differ.
+
+    A bias that no layer holds is an offset per channel of all that follows. It moves on through pools and additions
+    to the next norm, which takes it up in its mean.
+    """
+
+    def __init__(self, spec: NetSpec) -> None:
+        self.spec = spec
+        self.tensors: dict[str, Tensor] = {}
+        self.notes: set[str] = set()
+
+    def network(self, net: Plan, stem: list[Op], blocks: list[Block], tail: list[Op]) -> None:
+        """All layers. Only the residual stream of a pre-activation network may carry an offset from block to block."""
+        stream = self.chain(stem, net.stem, "", blocks[0].add, None)
+        for block, planned in zip(blocks, net.blocks, strict=True):
+            prefix, spec = f"{planned.name}.", planned.spec
+            main = self.chain([*block.lead, *block.main], spec.main, prefix, block.add, stream)
+            side = self.chain(block.shortcut, spec.downsample, prefix, block.add, None if block.lead else stream)
+            stream = main if side is None else side if main is None else main + side
+            if stream is not None and not self.spec.preact:
+                block.add.node.fail("before it stands a bias that no norm takes up")
+        end = blocks[-1].add
+        self.chain(tail[: len(net.tail)], net.tail, "", end, stream)
+        self.head(tail[len(net.tail) :], net, end)
+
+    def chain(
+        self, ops: Sequence[Op], layers: Sequence[Layer], prefix: str, end: Op, offset: Array | None
+    ) -> Array | None:
+        """A chain of operations as a chain of layers; the offset that is left behind them."""
+        left = [part for op in ops for part in (op.parts if op.kind == "gate" else (op,))]
+        for layer in layers:
+            name, wanted = prefix + layer.name, self.kind(layer)
+            if layer.kind == "avgpool" and layer.kernel == 1:
+                continue
+            if layer.kind == "pad":
+                left = self.padded(left, layer, name, end)
+                continue
+            if layer.kind == "norm" and (not left or left[0].kind != "norm"):
+                self.norm(None, layer, name, offset)
+                offset = None
+                continue
+            if not left or left[0].kind != wanted:
+                culprit = left[0] if left else end
+                culprit.node.fail(f"{ONNX_NAMES.get(wanted, wanted)} was expected here, as layer {name}")
+            op = left.pop(0)
+            if layer.kind == "norm":
+                self.norm(op, layer, name, offset)
+                offset = None
+            elif layer.kind == "conv" and layer.domain == "map":
+                offset = self.conv(op, layer, name)
+            elif offset is not None and wanted != "maxpool":
+                op.node.fail("before it stands a bias that no norm takes up")
+            elif layer.kind == "conv":
+                self.gate(op, layer, name)
+            elif layer.kind in ("maxpool", "avgpool", "blur", "zeropad"):
+                _check_window(op, layer, name)
+        if left:
+            left[0].node.fail(f"it stands behind the last of the layers {prefix}*, and nothing there can be built")
+        return offset
+
+    def kind(self, layer: Layer) -> str:
+        """The operation of the normal form that a layer is."""
+        if layer.kind == "act":
+            return "silu" if self.spec.activation == "silu" else "act"
+        return {"pooled": "linear", "channels": "eca"}.get(layer.domain, layer.kind)
+
+    def conv(self, op: Op, layer: Layer, name: str) -> Array | None:
+        """A convolution's tensors; the offset that its bias is where the layer has none."""
+        window = op.window
+        facts = {
+            "weight shape": (
+                op.weight.shape,
+                (layer.out_channels, layer.in_channels // layer.groups, layer.kernel, layer.kernel),
+            ),
+            "strides": (window.strides, (layer.stride,) * 2),
+            "pads": (window.pads, (layer.padding,) * 4),
+            "dilations": (window.dilations, (layer.dilation,) * 2),
+            "group": (window.groups, layer.groups),
+        }
+        for fact, (found, wanted) in facts.items():
+            if found != wanted:
+                op.node.fail(f"{fact} {found}; as layer {name} it would be {wanted}, and no other can be built")
+        self.tensors[f"{name}.weight"] = _tensor(op.weight)
+        bias = op.constants.get("bias")
+        if layer.bias:
+            self.tensors[f"{name}.bias"] = _tensor(np.zeros(layer.out_channels, np.float32) if bias is None else bias)
+            return None
+        return bias
+
+    def norm(self, op: Op | None, layer: Layer, name: str, offset: Array | None) -> None:
+        """A norm's tensors, its mean less by the offset before it; without an operation, one that adds the offset."""
+        width, eps = layer.out_channels, self.spec.norm_eps
+        if op is not None and (op.channels != width or (op.eps or eps) != eps):
+            op.node.fail(f"it has {op.channels} channels and epsilon {op.eps}; the network's other norms have {eps}")
+        found = op.constants if op is not None else {}
+        constants: dict[str, Array] = {
+            "weight": np.ones(width, np.float32),
+            "bias": np.zeros(width, np.float32),
+            "running_mean": np.zeros(width, np.float32),
+            "running_var": np.full(width, 1 - eps),
+        } | found
+        if offset is not None:
+            constants["running_mean"] = constants["running_mean"] - offset.astype(np.float64)
+        for part, constant in constants.items():
+            self.tensors[f"{name}.{part}"] = _tensor(constant)
+        self.tensors[f"{name}.num_batches_tracked"] = torch.tensor(0)
+        if op is None:
+            self.notes.add(PARTLY)
+        elif op.eps is None:
+            self.notes.add(SPELLED)
+        elif offset is not None:
+            self.notes.add(BIASED)
+
+    def gate(self, op: Op, layer: Layer, name: str) -> None:
+        """Tensors of channel attention: the linear layers of SE as 1×1 convolutions, or ECA's filter."""
+        se = layer.domain == "pooled"
+        weight = op.weight[:, :, None, None] if se else op.weight
+        wanted = (layer.out_channels, layer.in_channels, 1, 1) if se else (1, 1, layer.kernel)
+        if weight.shape != wanted:
+            op.node.fail(f"weight shape {weight.shape}; as layer {name} it would be {wanted}")
+        self.tensors[f"{name}.weight"] = _tensor(weight)
+        if layer.bias:
+            self.tensors[f"{name}.bias"] = _tensor(op.constants.get("bias", np.zeros(len(weight), np.float32)))
+
+    def padded(self, ops: list[Op], layer: Layer, name: str, end: Op) -> list[Op]:
+        """The shortcut that picks positions and adds channels of zeros (He et al. 2015, option A); what follows it."""
+        left = list(ops)
+        picked = left.pop(0).window.strides if left and left[0].kind == "subsample" else (1, 1)
+        channels = left.pop(0).channels if left and left[0].kind == "padchannels" else layer.in_channels
+        if picked != (layer.stride,) * 2 or channels != layer.out_channels:
+            (ops[0] if ops else end).node.fail(
+                f"it picks by {picked} and makes {channels} channels; as layer {name} it would be "
+                f"{(layer.stride,) * 2} and {layer.out_channels}"
+            )
+        return left
+
+    def head(self, ops: list[Op], net: Plan, end: Op) -> None:
+        """The classifier's tensors; raises WeightsError unless the head is a mean over the map and one linear layer."""
+        kinds = ["pool", *(["linear"] if net.spec.num_classes else [])]
+        for op, kind in zip(ops, [*kinds, *(["softmax"] if net.spec.num_classes else [])], strict=False):
+            if op.kind != kind:
+                op.node.fail("a head is a mean over the map, then one linear layer; this cannot be expressed")
+        if not len(kinds) <= len(ops) <= len(kinds) + bool(net.spec.num_classes):
+            (ops[-1] if ops else end).node.fail("the graph does not end in a mean over the map and a linear layer")
+        if net.spec.num_classes:
+            linear = ops[1]
+            bias = linear.constants.get("bias", np.zeros(linear.channels, np.float32))
+            self.tensors |= {"fc.weight": _tensor(linear.weight), "fc.bias": _tensor(bias)}
 
 
-def _epsilon(node: Node) -> float:
-    return round(float(node.get("epsilon", 1e-5)), 9)  # the file has it in single precision
+def _check_window(op: Op, layer: Layer, name: str) -> None:
+    """Raise WeightsError unless a pool, a filter or a pad slides as the plan says."""
+    window, size = op.window, op.inputs[0].size
+    found, wanted = (window.kernel, window.strides), ((layer.kernel,) * 2, (layer.stride,) * 2)
+    pads = (layer.padding,) * 4
+    if layer.ceil and layer.kind == "maxpool":
+        pads = (0, 0, 1, 1) if not window.ceil else pads  # the same windows, said otherwise
+    elif layer.kind == "avgpool" and layer.stride == 1:
+        pads = (0, 0, layer.kernel - 1, layer.kernel - 1)  # so that the size stays; the zeros count
+    if found != wanted or window.pads != pads or window.dilations != (1, 1):
+        op.node.fail(
+            f"kernel and strides are {found} and pads {window.pads}; as layer {name} they would be {wanted} and {pads}"
+        )
+    if layer.kind == "avgpool":
+        whole = replace(window, ceil=layer.ceil).out_size(size) == window.out_size(size)
+        counted = window.counts_pads if layer.stride == 1 else not (window.counts_pads and window.ceil)
+        divided = all(isinstance(side, int) and (side - layer.kernel) % layer.stride == 0 for side in size)
+        if not ((whole and counted) or (divided and not any(pads))):
+            op.node.fail(f"it treats the edge otherwise than layer {name}: maps of odd sizes would differ")
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
-    """A constant as a tensor of its own, in single precision at least."""
-    return torch.from_numpy(array.astype(np.float64 if array.dtype == np.float64 else np.float32))
-
-
-def _graph(path: Path) -> Graph:
-    """The graph in a file, its constants at the nodes that use them; raises WeightsError."""
-    try:
-        import onnx
-    except ModuleNotFoundError as error:
-        raise MissingExtraError("onnx", "onnx") from error
-    try:
-        model = onnx.load(str(path), load_external_data=False)
-        _load_external(model, path)
-        constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    except FileNotFoundError as error:
-        raise WeightsError(f"cannot read {path}: {error.strerror} ({error.filename}); check the path") from error
-    except WeightsError:
-        raise
-    except Exception as error:  # the parser and the reader of tensors raise a family of their own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{path} is truncated, damaged or no ONNX file ({reason})") from error
-    users: dict[str, list[Node]] = {}
-    for proto in model.graph.node:
-        attributes = {item.name: onnx.helper.get_attribute_value(item) for item in proto.attribute}
-        if proto.op_type == "Constant" and "value" in attributes:
-            constants[proto.output[0]] = onnx.numpy_helper.to_array(attributes["value"])
-        elif proto.op_type == "Identity" and proto.input[0] in constants:
-            constants[proto.output[0]] = constants[proto.input[0]]
-        else:
-            inputs = tuple(name for name in proto.input if name and name not in constants)
-            fixed = {place: constants[name] for place, name in enumerate(proto.input) if name in constants}
-            node = Node(proto.name, proto.op_type, inputs, proto.output[0], attributes, fixed)
-            for name in dict.fromkeys(inputs):
-                users.setdefault(name, []).append(node)
-    pictures = [value for value in model.graph.input if value.name not in constants]
-    shapes = [tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in pictures]
-    if len(shapes) != 1 or len(shapes[0]) != 4:
-        raise WeightsError(f"{path} takes inputs of shapes {shapes}; a network of pictures takes one, (N, C, H, W)")
-    return Graph(users, pictures[0].name, shapes[0], tuple(value.name for value in model.graph.output))
-
-
-def _load_external(model: Any, path: Path) -> None:
-    """Bring in tensors kept in files of their own; raises WeightsError for one outside the model's folder."""
-    from onnx import external_data_helper
-
-    folder = path.resolve().parent
-    for tensor in model.graph.initializer:
-        if external_data_helper.uses_external_data(tensor):
-            location = next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-            if not location or not (folder / location).resolve().is_relative_to(folder):
-                raise WeightsError(
-                    f"{path}: tensor {tensor.name} lies outside the file's folder ({location!r}); refused"
-                )
-    external_data_helper.load_external_data_for_model(model, str(folder))
+def _tensor(array: Array) -> Tensor:
+    """A constant as a tensor of its own, in single precision."""
+    return torch.from_numpy(np.array(array, np.float32, order="C"))

@@ -1,0 +1,68 @@
+"""An ONNX graph beside the network that was read from it: what ONNX Runtime computes, and how far we are from it."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from isthmus.errors import WeightsError
+from isthmus.nn.network import ResNet
+from isthmus.weights.onnx_graph import OnnxNetwork, read_onnx
+
+__all__ = ["onnx_parity"]
+
+PICTURES = 2  # in one batch where the graph takes any; a graph of fixed batch gets that
+TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
+
+
+def onnx_parity(path: Path | str, net: ResNet) -> float:
+    """The largest difference between what a graph and a network in evaluation give for a few fixed pictures.
+
+    Absolute, over the largest absolute value that the graph gives: logits, or probabilities where the graph ends in a
+    softmax. A size that the graph leaves open is the network's. Raises WeightsError where the two cannot be compared:
+    ONNX Runtime is missing or refuses the file, or the network has other classes or input channels.
+    """
+    graph = read_onnx(path)
+    for what in ("in_channels", "num_classes"):
+        theirs, mine = getattr(graph.spec, what), getattr(net.spec, what)
+        if theirs != mine:
+            raise WeightsError(f"{path} has {what} {theirs} and the network {mine}: they cannot be compared")
+    pictures = _pictures(graph, net)
+    theirs = _run(path, pictures.permute(0, 2, 3, 1) if graph.channels_last else pictures)
+    first, training = next(net.parameters()), net.training
+    try:
+        with torch.no_grad():
+            mine = net.eval()(pictures.to(first.device, first.dtype)).cpu().double()
+    finally:
+        net.train(training)
+    if graph.softmax:
+        mine = mine.softmax(1)
+    return float((mine - theirs).abs().max() / theirs.abs().max())
+
+
+def _pictures(graph: OnnxNetwork, net: ResNet) -> Tensor:
+    """Normal numbers, the same every time, in the shape that the graph wants: (N, C, H, W)."""
+    shape = [graph.shape[axis] for axis in ((0, 3, 1, 2) if graph.channels_last else (0, 1, 2, 3))]
+    open_ = (PICTURES, graph.spec.in_channels, *net.plan.image_size)
+    size = [found if isinstance(found, int) else ours for found, ours in zip(shape, open_, strict=True)]
+    return torch.randn(size, generator=torch.Generator().manual_seed(0))
+
+
+def _run(path: Path | str, pictures: Tensor) -> Tensor:
+    """What ONNX Runtime gives for pictures in the graph's own layout: (N, classes)."""
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise WeightsError(
+            f"{path} cannot be compared with the network: onnxruntime is not installed; pip install onnxruntime"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        (entry,) = session.get_inputs()
+        found = session.run(None, {entry.name: pictures.contiguous().numpy().astype(TYPES[entry.type])})[0]
+    except Exception as error:  # its own family has no base but this
+        raise WeightsError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]}") from error
+    return torch.from_numpy(np.asarray(found, np.float64)).flatten(1)
