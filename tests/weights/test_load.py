@@ -280,9 +280,7 @@ def test_tensors_that_the_caller_names_are_ignored(tmp_path):
 
 
 def test_unknown_references():
-    with pytest.raises(
-        WeightsError, match="there is no file nowhere, and no published weights of that name; known: demo"
-    ):
+    with pytest.raises(WeightsError, match="there is no file nowhere, and no published weights of that name; `isthmus"):
         load("nowhere")
 
 

@@ -1,32 +1,45 @@
-"""Where weights come from: a file, a run folder, a name of the catalog or a network in memory, read into one form.
+"""Where weights come from: files, folders, the catalog, the hub, a URL or a network in memory, read into one form.
 
 A file of ours carries under the key `isthmus` of its metadata, as JSON: `schema`, `spec`, `layout`, `preprocess`,
 `classes` and `extra`. Schema 1 stays readable for ever.
 """
 
+import difflib
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from torch import Tensor, nn
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec
+from isthmus.arch.variants import variants
 from isthmus.errors import IsthmusError, RunError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.records import from_dict
-from isthmus.weights import catalog, files, layouts
+from isthmus.weights import catalog, files, hf, hub, layouts
 from isthmus.weights.adopt import timm_preprocess
 from isthmus.weights.onnx_graph import read_onnx
 
 __all__ = ["SCHEMA", "Origin", "Source", "listed", "open_source"]
 
 SCHEMA = 1
-MODEL_FILE = "model.safetensors"
+PINNED = re.compile(r"(?P<url>[^#]+)(#sha256=(?P<sha256>[0-9a-f]{8,64}))?")
 
 Origin = str | Path | nn.Module
-"""A weight file, a run folder, a name of the catalog, or a network in memory."""
+"""Where weights come from, each as users write it:
+
+- a weight file, a run folder, or a folder as the Hugging Face hub keeps it (`config.json` beside the weights)
+- a name of the catalog: `demo`, `torchvision:resnet50.v2`, `hf:timm/resnet50.a1_in1k`
+- a repository of the hub: `hf:owner/name`, `hf:owner/name@revision`, `hf:owner/name:file.safetensors`
+- a URL: `https://…`, `https://…#sha256=…` with the hash of the content or its beginning, `file:///…`
+- a network in memory: ours, timm's, torchvision's
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,25 +77,111 @@ def open_source(origin: Origin, layout: str | None) -> Source:
             notes=notes,
             module=origin,
         )
+    text = str(origin)
+    record = catalog.CATALOG.get(text)
+    if text.startswith(hub.PREFIX):
+        repo = f"{hub.PREFIX}{hub.Reference.parse(text).repo}"
+        return replace(_file(hub.fetch(text), layout, catalog.CATALOG.get(repo), beside=True), name=text)
+    if record is not None:
+        return replace(_file(catalog.find(record), layout, record), name=text)
+    if "://" in text:
+        return replace(_address(text, layout), name=text)
     path = Path(origin)
-    if (record := catalog.CATALOG.get(str(origin))) is not None:
-        path = catalog.find(record)
-        return replace(_onnx(path, record), name=record.name)
+    return _file(_found(path), layout, beside=path.is_dir())
+
+
+def _found(path: Path) -> Path:
+    """The weight file at a path or in a folder; raises WeightsError, or RunError for a folder without one."""
     if path.is_dir():
-        path /= MODEL_FILE
-        if not path.is_file():
-            raise RunError(f"{path.parent} has no {MODEL_FILE}; is it a run folder, and did the run finish?")
-    if not path.exists():
+        found = next((path / name for name in hub.WEIGHTS if (path / name).is_file()), None)
+        if found is None:
+            raise RunError(f"{path} has no {hub.WEIGHTS[0]}; is it a run folder, and did the run finish?")
+        return found
+    if path.exists():
+        return path
+    if str(path) in variants():
+        names = [record.name for record in catalog.of_network(str(path))]
         raise WeightsError(
-            f"there is no file {path}, and no published weights of that name; known: {', '.join(catalog.CATALOG)}"
+            f"{path} is a network and names no weights; published ones differ in kind, not only in accuracy, so name "
+            f"yours: {listed(names, 5) or 'none are known here'}"
         )
+    near = difflib.get_close_matches(str(path), catalog.CATALOG, n=3, cutoff=0.7)
+    raise WeightsError(
+        f"there is no file {path}, and no published weights of that name"
+        + (f"; did you mean {', '.join(near)}?" if near else "; `isthmus weights list` lists those that are known")
+    )
+
+
+def _address(text: str, layout: str | None) -> Source:
+    """What lies at a URL; raises WeightsError."""
+    if text.startswith("file:"):
+        path = Path(url2pathname(urlsplit(text).path))
+        return _file(_found(path), layout, beside=path.is_dir())
+    pinned = PINNED.fullmatch(text)
+    if pinned is None:
+        raise WeightsError(f"{text}: what stands behind # must be sha256= and 8 to 64 of its digits in small letters")
+    url, sha256 = pinned["url"], pinned["sha256"] or ""
+    record = next((record for record in catalog.CATALOG.values() if record.place == url), None)
+    path = hub.download(url, sha256 or (record.sha256 if record else ""))
+    source = _file(path, layout, record)
+    if sha256 or record:
+        return source
+    note = f"nobody said what it must hold: pin it with {url}#sha256={hub.sha256(path)}"
+    return replace(source, notes=(*source.notes, note))
+
+
+def _file(path: Path, layout: str | None, record: catalog.Record | None = None, *, beside: bool = False) -> Source:
+    """A weight file with what itself, the config files `beside` it, and its record or else its hash say of it."""
     if path.suffix == ".onnx":
-        return _onnx(path, catalog.known(path))
+        return _onnx(path, record or catalog.known(path))
     content = files.read(path)
     source = Source(name=str(path), tensors=content.tensors, layout=layout or "", notes=content.notes)
     if "isthmus" in content.metadata:
         return _ours(source, content.metadata["isthmus"])
-    return source if layout else replace(source, layout=layouts.detect(content.tensors))
+    source = replace(source, layout=layout or layouts.detect(content.tensors))
+    config = _json(path.parent / hub.CONFIG) if beside else None
+    if config is not None:
+        source = _described(source, config, _json(path.parent / hub.PREPROCESSOR))
+    return _recorded(source, record or (None if config else catalog.known(path)))
+
+
+def _json(path: Path) -> Mapping[str, Any] | None:
+    """What a config file holds, None where there is none; raises WeightsError."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read: {error}; download or write it again") from error
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} holds no table of settings; download or write it again")
+    return content
+
+
+def _described(source: Source, config: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> Source:
+    """A source with what the config files of its folder say; raises WeightsError."""
+    try:
+        said = hf.from_config(config)
+        if said is None:
+            return replace(source, notes=(*source.notes, "the config.json beside it is of no ResNet and was not used"))
+        preprocess = said.preprocess if preprocessor is None else hf.from_preprocessor(preprocessor)
+    except WeightsError as error:
+        raise WeightsError(f"{source.name}: {error}") from error
+    notes = () if preprocess else ("its preprocessing is in no file beside it: set net.preprocess",)
+    return replace(source, spec=said.spec, preprocess=preprocess, classes=said.classes, notes=(*source.notes, *notes))
+
+
+def _recorded(source: Source, record: catalog.Record | None) -> Source:
+    """A source with what the catalog knows of it; what the file says itself goes before."""
+    if record is None:
+        return source
+    return replace(
+        source,
+        spec=source.spec or record.spec,
+        preprocess=source.preprocess or record.preprocess,
+        classes=source.classes or record.classes,
+        notes=(*source.notes, str(record)),
+    )
 
 
 def _onnx(path: Path, record: catalog.Record | None) -> Source:
@@ -91,9 +190,7 @@ def _onnx(path: Path, record: catalog.Record | None) -> Source:
     if record is None:
         note = "its preprocessing is not in the file: set net.preprocess"
         return replace(source, notes=(*graph.notes, note))
-    spec = replace(graph.spec, name=record.name)
-    notes = (*graph.notes, f"{record.note}; {record.licence}; {record.source}")
-    return replace(source, spec=spec, preprocess=record.preprocess, classes=record.classes, notes=notes)
+    return _recorded(replace(source, spec=replace(graph.spec, name=record.name)), record)
 
 
 def _ours(source: Source, text: str) -> Source:
