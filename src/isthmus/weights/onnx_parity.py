@@ -1,5 +1,6 @@
 """An ONNX graph beside the network that was read from it: what ONNX Runtime computes, and how far we are from it."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.onnx_graph import OnnxNetwork, read_onnx
 
-__all__ = ["onnx_parity"]
+__all__ = ["onnx_outputs", "onnx_parity"]
 
 PICTURES = 2  # in one batch where the graph takes any; a graph of fixed batch gets that
 TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
@@ -19,26 +20,34 @@ TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(floa
 def onnx_parity(path: Path | str, net: ResNet) -> float:
     """The largest difference between what a graph and a network in evaluation give for a few fixed pictures.
 
-    Absolute, over the largest absolute value that the graph gives: logits, or probabilities where the graph ends in a
-    softmax. A size that the graph leaves open is the network's. Raises WeightsError where the two cannot be compared:
-    ONNX Runtime is missing or refuses the file, or the network has other classes or input channels.
+    Absolute, over the largest absolute value that the graph gives. Raises WeightsError as `onnx_outputs` does.
+    """
+    mine, theirs = onnx_outputs(path, net)
+    return float((mine - theirs).abs().max() / theirs.abs().max())
+
+
+def onnx_outputs(path: Path | str, net: ResNet, pictures: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """What a network in evaluation and a graph give for `pictures` (N, C, H, W), or for a few fixed ones: (N, classes).
+
+    Logits, or probabilities where the graph ends in a softmax. A size that the graph leaves open is the network's.
+    Raises WeightsError where the two cannot be compared: ONNX Runtime is missing or refuses the file, the pictures have
+    a size that the graph does not take, or the network has other classes or input channels.
     """
     graph = read_onnx(path)
     for what in ("in_channels", "num_classes"):
-        theirs, mine = getattr(graph.spec, what), getattr(net.spec, what)
-        if theirs != mine:
-            raise WeightsError(f"{path} has {what} {theirs} and the network {mine}: they cannot be compared")
-    pictures = _pictures(graph, net)
-    theirs = _run(path, pictures.permute(0, 2, 3, 1) if graph.channels_last else pictures)
+        there, here = getattr(graph.spec, what), getattr(net.spec, what)
+        if there != here:
+            raise WeightsError(f"{path} has {what} {there} and the network {here}: they cannot be compared")
+    pictures = _pictures(graph, net) if pictures is None else pictures
+    batch = graph.shape[0] if isinstance(graph.shape[0], int) else len(pictures)
+    theirs = _run(path, (pictures.permute(0, 2, 3, 1) if graph.channels_last else pictures).split(batch))
     first, training = next(net.parameters()), net.training
     try:
         with torch.no_grad():
             mine = net.eval()(pictures.to(first.device, first.dtype)).cpu().double()
     finally:
         net.train(training)
-    if graph.softmax:
-        mine = mine.softmax(1)
-    return float((mine - theirs).abs().max() / theirs.abs().max())
+    return mine.softmax(1) if graph.softmax else mine, theirs
 
 
 def _pictures(graph: OnnxNetwork, net: ResNet) -> Tensor:
@@ -49,8 +58,8 @@ def _pictures(graph: OnnxNetwork, net: ResNet) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(0))
 
 
-def _run(path: Path | str, pictures: Tensor) -> Tensor:
-    """What ONNX Runtime gives for pictures in the graph's own layout: (N, classes)."""
+def _run(path: Path | str, batches: Iterable[Tensor]) -> Tensor:
+    """What ONNX Runtime gives for batches of pictures in the graph's own layout: (N, classes)."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
@@ -62,7 +71,8 @@ def _run(path: Path | str, pictures: Tensor) -> Tensor:
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         (entry,) = session.get_inputs()
-        found = session.run(None, {entry.name: pictures.contiguous().numpy().astype(TYPES[entry.type])})[0]
+        arrays = (batch.contiguous().numpy().astype(TYPES[entry.type]) for batch in batches)
+        found = np.concatenate([session.run(None, {entry.name: array})[0] for array in arrays])
     except Exception as error:  # its own family has no base but this
         raise WeightsError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]}") from error
     return torch.from_numpy(np.asarray(found, np.float64)).flatten(1)
