@@ -10,8 +10,10 @@ of these files' outputs.
 import csv
 import re
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import Any
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec
@@ -19,7 +21,7 @@ from isthmus.arch.variants import variant
 from isthmus.errors import MissingExtraError, WeightsError
 from isthmus.weights import hub
 
-__all__ = ["CATALOG", "IMAGENET_CLASSES", "Packaged", "Record", "find", "known", "of_network"]
+__all__ = ["CATALOG", "IMAGENET_CLASSES", "Packaged", "Record", "find", "known", "of_network", "published"]
 
 FOLDER = Path(__file__).parent
 TORCH = "https://download.pytorch.org/models/"
@@ -63,6 +65,13 @@ class Record:
     def spec(self) -> NetSpec | None:
         """The network on paper, where the table has it."""
         return replace(variant(self.network), num_classes=self.num_classes) if self.network else None
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """What a file written from these weights says of where they come from."""
+        scores = {"top-1 accuracy on ImageNet-1k (%)": self.top1, "top-5 accuracy on ImageNet-1k (%)": self.top5}
+        metrics = {name: score for name, score in scores.items() if score is not None}
+        return {"source": self.name, "licence": self.licence, "recipe": self.recipe, "metrics": metrics}
 
     def __str__(self) -> str:
         """What a reader of a report must know: name, accuracy, licence, recipe."""
@@ -124,6 +133,16 @@ def _published() -> list[Record]:
 
 
 CATALOG: dict[str, Record] = {record.name: record for record in (DEMO, *_published())}
+
+
+def published(pattern: str = "*") -> list[Record]:
+    """Records whose name matches a shell pattern or contains a text, or that are weights for a network of that name."""
+    wild = any(character in pattern for character in "*?[")
+    return [
+        record
+        for record in CATALOG.values()
+        if (fnmatchcase(record.name, pattern) if wild else pattern in record.name or pattern == record.network)
+    ]
 
 
 def find(record: Record) -> Path:

@@ -8,12 +8,13 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+import torch
 from torch import Tensor, nn
 
 from isthmus.arch.preprocess import Preprocess
@@ -44,7 +45,11 @@ Origin = str | Path | nn.Module
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Tensors with all that is known of the network they are from."""
+    """Tensors with all that is known of the network they are from.
+
+    `path` is the weight file; `extra` what a file of ours carries beside its network, or licence, source and metrics of
+    a record; `module` the network in memory.
+    """
 
     name: str
     tensors: dict[str, Tensor]
@@ -53,11 +58,17 @@ class Source:
     preprocess: Preprocess | None = None
     classes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    path: Path | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
     module: nn.Module | None = None
 
 
-def open_source(origin: Origin, layout: str | None) -> Source:
-    """Whatever weights may come from, as tensors with what is known of them; raises WeightsError or RunError."""
+def open_source(origin: Origin, layout: str | None, *, values: bool = True) -> Source:
+    """Whatever weights may come from, as tensors with what is known of them; raises WeightsError or RunError.
+
+    Without `values` a file's headers alone are read, its tensors are on the meta device, and a layout that nobody knows
+    is the empty one.
+    """
     if isinstance(origin, ResNet):
         return Source(
             name="the network in memory",
@@ -81,13 +92,14 @@ def open_source(origin: Origin, layout: str | None) -> Source:
     record = catalog.CATALOG.get(text)
     if text.startswith(hub.PREFIX):
         repo = f"{hub.PREFIX}{hub.Reference.parse(text).repo}"
-        return replace(_file(hub.fetch(text), layout, catalog.CATALOG.get(repo), beside=True), name=text)
+        known = catalog.CATALOG.get(repo)
+        return replace(_file(hub.fetch(text), layout, known, beside=True, values=values), name=text)
     if record is not None:
-        return replace(_file(catalog.find(record), layout, record), name=text)
+        return replace(_file(catalog.find(record), layout, record, values=values), name=text)
     if "://" in text:
-        return replace(_address(text, layout), name=text)
+        return replace(_address(text, layout, values=values), name=text)
     path = Path(origin)
-    return _file(_found(path), layout, beside=path.is_dir())
+    return _file(_found(path), layout, beside=path.is_dir(), values=values)
 
 
 def _found(path: Path) -> Path:
@@ -112,37 +124,53 @@ def _found(path: Path) -> Path:
     )
 
 
-def _address(text: str, layout: str | None) -> Source:
+def _address(text: str, layout: str | None, *, values: bool) -> Source:
     """What lies at a URL; raises WeightsError."""
     if text.startswith("file:"):
         path = Path(url2pathname(urlsplit(text).path))
-        return _file(_found(path), layout, beside=path.is_dir())
+        return _file(_found(path), layout, beside=path.is_dir(), values=values)
     pinned = PINNED.fullmatch(text)
     if pinned is None:
         raise WeightsError(f"{text}: what stands behind # must be sha256= and 8 to 64 of its digits in small letters")
     url, sha256 = pinned["url"], pinned["sha256"] or ""
     record = next((record for record in catalog.CATALOG.values() if record.place == url), None)
     path = hub.download(url, sha256 or (record.sha256 if record else ""))
-    source = _file(path, layout, record)
+    source = _file(path, layout, record, values=values)
     if sha256 or record:
         return source
     note = f"nobody said what it must hold: pin it with {url}#sha256={hub.sha256(path)}"
     return replace(source, notes=(*source.notes, note))
 
 
-def _file(path: Path, layout: str | None, record: catalog.Record | None = None, *, beside: bool = False) -> Source:
+def _file(
+    path: Path, layout: str | None, record: catalog.Record | None = None, *, beside: bool = False, values: bool
+) -> Source:
     """A weight file with what itself, the config files `beside` it, and its record or else its hash say of it."""
     if path.suffix == ".onnx":
         return _onnx(path, record or catalog.known(path))
-    content = files.read(path)
-    source = Source(name=str(path), tensors=content.tensors, layout=layout or "", notes=content.notes)
+    content = files.read(path) if values else _outline(path)
+    source = Source(name=str(path), tensors=content.tensors, layout=layout or "", notes=content.notes, path=path)
     if "isthmus" in content.metadata:
         return _ours(source, content.metadata["isthmus"])
-    source = replace(source, layout=layout or layouts.detect(content.tensors))
+    try:
+        source = replace(source, layout=layout or layouts.detect(content.tensors))
+    except WeightsError:
+        if values:
+            raise
     config = _json(path.parent / hub.CONFIG) if beside else None
     if config is not None:
         source = _described(source, config, _json(path.parent / hub.PREPROCESSOR))
     return _recorded(source, record or (None if config else catalog.known(path)))
+
+
+def _outline(path: Path) -> files.TensorFile:
+    """A weight file by its headers alone."""
+    found = files.headers(path)
+    tensors = {
+        name: torch.empty(header.shape, dtype=getattr(torch, header.dtype), device="meta")
+        for name, header in found.entries.items()
+    }
+    return files.TensorFile(tensors=tensors, metadata=found.metadata, format=found.format, notes=found.notes)
 
 
 def _json(path: Path) -> Mapping[str, Any] | None:
@@ -181,12 +209,13 @@ def _recorded(source: Source, record: catalog.Record | None) -> Source:
         preprocess=source.preprocess or record.preprocess,
         classes=source.classes or record.classes,
         notes=(*source.notes, str(record)),
+        extra=record.about,
     )
 
 
 def _onnx(path: Path, record: catalog.Record | None) -> Source:
     graph = read_onnx(path)
-    source = Source(name=str(path), tensors=graph.tensors, layout="onnx", spec=graph.spec, notes=graph.notes)
+    source = Source(name=str(path), tensors=graph.tensors, layout="onnx", spec=graph.spec, notes=graph.notes, path=path)
     if record is None:
         note = "its preprocessing is not in the file: set net.preprocess"
         return replace(source, notes=(*graph.notes, note))
@@ -204,11 +233,12 @@ def _ours(source: Source, text: str) -> Source:
         preprocess = from_dict(Preprocess, described["preprocess"])
         classes = tuple(map(str, described["classes"]))
         layout = str(described["layout"])
+        extra = dict(described.get("extra", {}))
     except (IsthmusError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{source.name}: its description cannot be read: {error}") from error
     if classes and len(classes) != spec.num_classes:
         raise WeightsError(f"{source.name} names {len(classes)} classes for {spec.num_classes} outputs; save it again")
-    return replace(source, layout=layout, spec=spec, preprocess=preprocess, classes=classes)
+    return replace(source, layout=layout, spec=spec, preprocess=preprocess, classes=classes, extra=extra)
 
 
 def listed(names: Iterable[str], count: int = 4) -> str:
