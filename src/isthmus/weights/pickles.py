@@ -1,0 +1,505 @@
+"""Pickles as data: an interpreter of its own that calls nothing a file names.
+
+A pickle is a program for a small stack machine. Here it may build numbers, text, lists and dicts; the globals of
+GLOBALS stand for what we make ourselves (a tensor's place in the file, a dtype); INERT ones are attribute bags whose
+content nobody needs. Any other global is refused by name, and what a file declares is checked against its bytes.
+"""
+
+import pickletools
+import struct
+from collections.abc import Callable, Mapping
+from functools import partial
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+
+from isthmus.weights.stored import MAX_DIMS, Span, Stored
+
+__all__ = ["Array", "Budget", "ForeignError", "Inert", "Storage", "load"]
+
+LINE = 1 << 16  # longest text of the old, line-based opcodes
+SMALL = 4096  # bytes; longer strings stay in the file until somebody wants them
+FREE_STEPS, BYTES_A_STEP = 500_000, 256
+"""Steps that any file may take, and one more for so many of its bytes: objects cost memory that the file does not."""
+
+SIZED = {
+    "BINSTRING": ("<i", "latin-1"), "SHORT_BINSTRING": ("<B", "latin-1"),
+    "BINUNICODE": ("<I", "utf-8"), "SHORT_BINUNICODE": ("<B", "utf-8"), "BINUNICODE8": ("<Q", "utf-8"),
+    "BINBYTES": ("<I", ""), "SHORT_BINBYTES": ("<B", ""), "BINBYTES8": ("<Q", ""), "BYTEARRAY8": ("<Q", ""),
+    "LONG1": ("<B", "int"), "LONG4": ("<i", "int"),
+}  # fmt: skip
+"""Opcodes with a length before their content: the length's format, and what the content is."""
+
+OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+PLAIN = {"INT", "BININT", "BININT1", "BININT2", "LONG", "FLOAT", "BINFLOAT", "STRING", "UNICODE"}
+CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+KEYS = (str, int, float, bool, bytes, type(None))  # hashing a deep tuple can exhaust the C stack
+
+OLD_MODULES = (
+    ("__builtin__.", "builtins."),
+    ("copy_reg.", "copyreg."),
+    ("numpy.core.", "numpy._core."),
+    ("torch.cuda.", "torch."),
+)
+STORAGES = {
+    "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+    "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+    "Bool": torch.bool, "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64,
+}  # fmt: skip
+NUMPY = {
+    "f2": torch.float16, "f4": torch.float32, "f8": torch.float64, "c8": torch.complex64, "c16": torch.complex128,
+    "i1": torch.int8, "i2": torch.int16, "i4": torch.int32, "i8": torch.int64,
+    "u1": torch.uint8, "u2": torch.uint16, "u4": torch.uint32, "u8": torch.uint64, "b1": torch.bool,
+}  # fmt: skip
+INERT = {
+    "addict.addict.Dict", "argparse.Namespace", "builtins.bool", "builtins.complex", "builtins.float",
+    "builtins.int", "builtins.object", "builtins.slice", "builtins.str",
+    "collections.deque", "datetime.date", "datetime.datetime", "datetime.timedelta", "easydict.EasyDict",
+    "fvcore.common.config.CfgNode", "lightning_fabric.utilities.data.AttributeDict",
+    "mmengine.config.config.ConfigDict", "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy._core.multiarray.scalar", "omegaconf.base.ContainerMetadata", "omegaconf.base.Metadata",
+    "omegaconf.dictconfig.DictConfig", "omegaconf.listconfig.ListConfig", "omegaconf.nodes.AnyNode",
+    "pathlib.PosixPath", "pathlib.PurePosixPath", "pathlib.WindowsPath", "pathlib.PureWindowsPath",
+    "pytorch_lightning.utilities.parsing.AttributeDict", "torch.device", "types.SimpleNamespace", "typing.Any",
+    "yacs.config.CfgNode",
+}  # fmt: skip
+"""What training scripts store beside their weights."""
+
+UNREADABLE = {
+    "torch._utils._rebuild_qtensor": "a quantised tensor; dequantise() it",
+    "torch._utils._rebuild_sparse_tensor": "a sparse tensor; call to_dense()",
+    "torch._utils._rebuild_nested_tensor": "a nested tensor; call to_padded_tensor()",
+    "torch._utils._rebuild_meta_tensor_no_storage": "a tensor on the meta device, which has no values; load it first",
+    "torch._utils._rebuild_wrapper_subclass": "a tensor subclass; take the tensors it wraps",
+}
+
+
+class ForeignError(Exception):
+    """A pickle names an object that is no data; `name` is its global, `mend` what to do where that is known."""
+
+    def __init__(self, name: str, mend: str = "") -> None:
+        super().__init__(name)
+        self.name, self.mend = name, mend
+
+
+class Budget:
+    """How many steps the pickles of one file may take together."""
+
+    def __init__(self, file_size: int) -> None:
+        self.left = FREE_STEPS + file_size // BYTES_A_STEP
+
+    def spend(self, steps: int) -> None:
+        """Take off some; raises ValueError at the end."""
+        self.left -= steps
+        if self.left < 0:
+            raise ValueError("more objects than weights need")
+
+
+class Text(str):
+    """A string that knows where it is in the file: NumPy's bytes are strings in old protocols."""
+
+    __slots__ = ("span",)
+    span: Span
+
+
+class Known(NamedTuple):
+    """A global that we know: what a pickle gets when it calls it."""
+
+    name: str
+    make: Callable[..., Any]
+
+
+class Inert(NamedTuple):
+    """What stands for an object that nobody needs: a bag of attributes, a date, a long text."""
+
+    name: str
+
+
+class StorageType(NamedTuple):
+    """The class of a storage, as torch names it in a pickle."""
+
+    dtype: torch.dtype
+
+
+class Storage(NamedTuple):
+    """Elements of `dtype`, from number `first` of `span` on."""
+
+    span: Span
+    dtype: torch.dtype
+    first: int = 0
+
+
+class Dtype:
+    """A NumPy dtype; `torch` is None for what no tensor can hold (objects, text, records)."""
+
+    def __init__(self, name: Any, *_flags: Any) -> None:
+        self.name = name if isinstance(name, str) else ""
+        self.order = self.name[:1] if self.name[:1] in ("<", ">", "=", "|") else "<"
+        self.torch = NUMPY.get(self.name.lstrip("<>=|"))
+
+    def build(self, state: Any) -> None:
+        """Set what `numpy.dtype.__setstate__` would: the second entry is the byte order."""
+        self.order = state[1]
+
+
+class Array:
+    """A NumPy array; `stored` is None until it is built, and stays so for what no tensor can hold."""
+
+    def __init__(self, *_arguments: Any) -> None:
+        self.stored: Stored | None = None
+
+    def build(self, state: Any) -> None:
+        """Set what `numpy.ndarray.__setstate__` would: [version,] shape, dtype, whether Fortran-ordered, bytes."""
+        shape, dtype, fortran, content = state[-4:]
+        self.stored = _array(content, dtype, shape, fortran=bool(fortran))
+
+
+def load(file: BinaryIO, path: Path, end: int, budget: Budget, persistent: Callable[[Any], Any] | None = None) -> Any:
+    """What one pickle, from the position of `file` on, stands for; the file is left behind it.
+
+    Arrays are `Array`s with a `Stored` inside, tensors are `Stored`, sets are lists. `end` is where the bytes of the
+    pickle end at the latest; `persistent` turns torch's references into storages. Raises ForeignError for a global
+    that is no data, and anything else (ValueError, IndexError, ...) for a damaged pickle.
+    """
+    return _Machine(file, path, end, budget, persistent).run()
+
+
+class _Machine:
+    def __init__(
+        self, file: BinaryIO, path: Path, end: int, budget: Budget, persistent: Callable[[Any], Any] | None
+    ) -> None:
+        self.file, self.path, self.end, self.budget, self.persistent = file, path, end, budget, persistent
+        self.stack: list[Any] = []
+        self.marks: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def run(self) -> Any:
+        while True:
+            self.budget.spend(1)
+            code = OPCODES[self.file.read(1)]
+            if code.name == "STOP":
+                return self.stack.pop()
+            if code.name in SIZED:
+                self.stack.append(self.sized(*SIZED[code.name]))
+                continue
+            reads: Any = code.arg and code.arg.reader
+            self.step(code.name, reads and reads(self))
+            if self.file.tell() > self.end:
+                raise ValueError("a pickle that does not end")
+
+    def read(self, count: int) -> bytes:
+        """For pickletools: the few bytes of an opcode's number."""
+        return self.file.read(count)
+
+    def readline(self) -> bytes:
+        """For pickletools: the text of an old opcode."""
+        line = self.file.readline(LINE)
+        self.budget.spend(len(line) // 64)
+        return line
+
+    def sized(self, format: str, kind: str) -> Any:  # noqa: A002
+        """A string, bytes or an integer after its length; a Span where it is long."""
+        (length,) = struct.unpack(format, self.file.read(struct.calcsize(format)))
+        start = self.file.tell()
+        if not 0 <= length <= self.end - start:
+            raise ValueError(f"{length} bytes declared, {self.end - start} left")
+        span = Span(self.path, start, length, text=kind == "utf-8")
+        if not kind or length > SMALL:
+            self.file.seek(start + length)
+            return span if kind != "int" else Inert("a very large number")
+        self.budget.spend(length // 64)
+        content = self.file.read(length)
+        if kind == "int":
+            return int.from_bytes(content, "little", signed=True)
+        text = Text(content, kind, "surrogatepass" if kind == "utf-8" else "strict")
+        text.span = span
+        return text
+
+    def call(self, called: Any, arguments: Any) -> Any:
+        if type(arguments) is tuple:
+            self.weigh(arguments)
+        return _call(called, arguments)
+
+    def weigh(self, parts: tuple[Any, ...]) -> None:
+        """What is made of lists costs a step for every entry: a copy is cheap for the file and not for us."""
+        self.budget.spend(sum(len(part) for part in parts if type(part) in (list, tuple, dict)))
+
+    def pop_mark(self) -> list[Any]:
+        items = self.stack
+        self.stack = self.marks.pop()
+        return items
+
+    def step(self, name: str, arg: Any) -> None:
+        stack = self.stack
+        match name:
+            case "BINGET" | "LONG_BINGET" | "GET":
+                stack.append(self.memo[arg])
+            case "BINPUT" | "LONG_BINPUT" | "PUT":
+                self.memo[arg] = stack[-1]
+            case "MEMOIZE":
+                self.memo[len(self.memo)] = stack[-1]
+            case _ if name in PLAIN:
+                stack.append(arg)
+            case _ if name in CONSTANTS:
+                stack.append(CONSTANTS[name])
+            case "MARK":
+                self.marks.append(stack)
+                self.stack = []
+            case "EMPTY_LIST" | "EMPTY_SET":
+                stack.append([])
+            case "EMPTY_DICT":
+                stack.append({})
+            case "TUPLE1" | "TUPLE2" | "TUPLE3":
+                items = [stack.pop() for _ in range(TUPLES[name])]
+                stack.append(tuple(reversed(items)))
+            case "TUPLE":
+                items = self.pop_mark()
+                self.stack.append(tuple(items))
+            case "LIST" | "FROZENSET":
+                items = self.pop_mark()
+                self.stack.append(items)
+            case "DICT":
+                items = self.pop_mark()
+                self.stack.append(_set({}, items))
+            case "APPEND":
+                item = stack.pop()
+                _extend(stack[-1], [item])
+            case "APPENDS" | "ADDITEMS":
+                items = self.pop_mark()
+                _extend(self.stack[-1], items)
+            case "SETITEM":
+                value, key = stack.pop(), stack.pop()
+                _set(stack[-1], [key, value])
+            case "SETITEMS":
+                items = self.pop_mark()
+                _set(self.stack[-1], items)
+            case "GLOBAL":
+                stack.append(_global(arg.replace(" ", ".", 1)))
+            case "STACK_GLOBAL":
+                attribute, module = stack.pop(), stack.pop()
+                stack.append(_global(f"{_text(module)}.{_text(attribute)}"))
+            case "REDUCE" | "NEWOBJ":
+                arguments, called = stack.pop(), stack.pop()
+                stack.append(self.call(called, arguments))
+            case "NEWOBJ_EX":
+                _named, arguments, called = stack.pop(), stack.pop(), stack.pop()
+                stack.append(self.call(called, arguments))
+            case "OBJ":
+                called, *arguments = self.pop_mark()
+                self.stack.append(self.call(called, tuple(arguments)))
+            case "INST":
+                called = _global(arg.replace(" ", ".", 1))
+                self.stack.append(self.call(called, tuple(self.pop_mark())))
+            case "BUILD":
+                state, built = stack.pop(), stack[-1]
+                if isinstance(built, Array | Dtype):
+                    self.weigh(state)
+                    built.build(state)
+                elif not isinstance(built, dict | Stored | Inert):  # whose attributes nobody needs
+                    raise ForeignError(type(built).__name__)
+            case "BINPERSID" | "PERSID":
+                reference = stack.pop() if name == "BINPERSID" else arg
+                if self.persistent is None:
+                    raise ValueError("a reference to something outside the file")
+                stack.append(self.persistent(reference))
+            case "POP":
+                if stack:
+                    stack.pop()
+                else:
+                    self.pop_mark()
+            case "POP_MARK":
+                self.pop_mark()
+            case "DUP":
+                stack.append(stack[-1])
+            case "PROTO" | "FRAME":
+                pass
+            case "EXT1" | "EXT2" | "EXT4":
+                raise ForeignError(f"extension_{arg}")
+            case _:
+                raise ValueError(f"opcode {name}")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError("a global without a name")
+    return str(value)
+
+
+def _extend(target: Any, items: list[Any]) -> None:
+    if type(target) is list:
+        target.extend(items)
+    elif not isinstance(target, Inert):
+        raise ForeignError(type(target).__name__)
+
+
+def _set(target: Any, items: list[Any]) -> Any:
+    """Put keys and values, which alternate, into a dict."""
+    if isinstance(target, Inert):
+        return target
+    if type(target) is not dict or len(items) % 2:
+        raise ForeignError(type(target).__name__)
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        name = key.name if isinstance(key, Known | Inert) else str(key) if isinstance(key, str) else key
+        if type(name) not in KEYS:
+            raise ValueError(f"a key of type {type(key).__name__}")
+        target[name] = value.stored if isinstance(value, Array) and value.stored else value
+    return target
+
+
+def _global(name: str) -> Any:
+    """What a global stands for; raises ForeignError for what we do not know."""
+    for old, new in OLD_MODULES:
+        if name.startswith(old):
+            name = new + name.removeprefix(old)
+    if name in GLOBALS:
+        found = GLOBALS[name]
+        return Known(name, found) if callable(found) else found
+    if name in INERT:
+        return Known(name, partial(_inert, name))
+    raise ForeignError(name, UNREADABLE.get(name, ""))
+
+
+def _call(called: Any, arguments: Any) -> Any:
+    if not isinstance(called, Known):
+        raise ForeignError(called.name if isinstance(called, Inert) else type(called).__name__)
+    if type(arguments) is not tuple:
+        raise ValueError(f"{called.name} called without arguments")
+    return called.make(*arguments)
+
+
+def _inert(name: str, *_arguments: Any) -> Inert:
+    return Inert(name)
+
+
+def _ints(values: Any) -> tuple[int, ...]:
+    if type(values) not in (tuple, list):
+        raise ValueError("a shape that is no list of numbers")
+    return tuple(values)
+
+
+def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_grad: Any) -> Stored:
+    """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
+    return _view(storage, storage.dtype, offset, shape, stride)
+
+
+def _tensor_with_dtype(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_metadata: Any
+) -> Stored:
+    """torch._utils._rebuild_tensor_v3, for types without a storage class of their own."""
+    return _view(storage, dtype, offset, shape, stride)
+
+
+def _view(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any) -> Stored:
+    if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype) or type(offset) is not int or offset < 0:
+        raise ValueError("a tensor without a storage")
+    return Stored(
+        span=storage.span, dtype=dtype, shape=_ints(shape), stride=_ints(stride), offset=storage.first + offset
+    )
+
+
+def _parameter(tensor: Any, *_grad: Any) -> Any:
+    """torch._utils._rebuild_parameter and what else wraps one tensor."""
+    return tensor
+
+
+def _tensor_of_type(make: Any, _type: Any, arguments: Any, _state: Any = None) -> Any:
+    """torch._tensor._rebuild_from_type_v2: a tensor that has attributes."""
+    return _call(make, arguments)
+
+
+def _array(content: Any, dtype: Any, shape: Any, *, fortran: bool) -> Stored | None:
+    if not isinstance(dtype, Dtype) or dtype.torch is None:
+        return None
+    if dtype.order == ">" and dtype.torch.itemsize > 1:
+        raise ForeignError("numpy array of big-endian numbers", "store it in the byte order of this machine")
+    span = content.span if isinstance(content, Text) else content
+    if not isinstance(span, Span):
+        raise TypeError("an array without its bytes")
+    sizes = _ints(shape)
+    if not fortran:
+        return Stored(span=span, dtype=dtype.torch, shape=sizes)
+    stride = tuple(prod(sizes[:axis]) for axis in range(min(len(sizes), MAX_DIMS + 1)))
+    return Stored(span=span, dtype=dtype.torch, shape=sizes, stride=stride)
+
+
+def _array_of(shape: Any, dtype: Any = None, content: Any = None, *_more: Any) -> Array:
+    """numpy.ndarray itself, called with its bytes."""
+    return _array_of_buffer(content, dtype, shape)
+
+
+def _array_of_buffer(content: Any, dtype: Any, shape: Any, order: Any = "C") -> Array:
+    """numpy._core.numeric._frombuffer, of pickle protocol 5."""
+    array = Array()
+    array.stored = _array(content, dtype, shape, fortran=order == "F")
+    return array
+
+
+def _bytes(text: Any = None, encoding: Any = "latin-1") -> Any:
+    """_codecs.encode, which is how protocol 2 writes bytes, and bytes and bytearray themselves."""
+    if text is None:
+        return b""
+    if str(encoding).lower().replace("-", "") not in ("latin1", "iso88591"):
+        raise ValueError("bytes in another encoding than latin-1")
+    return text.span if isinstance(text, Text) else text
+
+
+def _dict(items: Any = (), *_more: Any) -> Any:
+    """collections.OrderedDict and its like, of nothing, of a dict or of pairs."""
+    if type(items) is dict:
+        return items
+    made: dict[Any, Any] = {}
+    for pair in items:
+        key, value = pair
+        _set(made, [key, value])
+    return made
+
+
+def _default_dict(_factory: Any = None, *items: Any) -> Any:
+    return _dict(*items)
+
+
+def _list(items: Any = ()) -> Any:
+    return items if type(items) is list else list(_ints(items))
+
+
+def _instance(kind: Any, *_base: Any) -> Any:
+    """copyreg._reconstructor: how old protocols write an object without arguments."""
+    return _call(kind, ())
+
+
+GLOBALS: Mapping[str, Any] = {
+    "_codecs.encode": _bytes,
+    "builtins.bytearray": _bytes,
+    "builtins.bytes": _bytes,
+    "builtins.dict": _dict,
+    "builtins.frozenset": _list,
+    "builtins.list": _list,
+    "builtins.set": _list,
+    "builtins.tuple": _ints,
+    "collections.Counter": _dict,
+    "collections.OrderedDict": _dict,
+    "collections.defaultdict": _default_dict,
+    "copyreg._reconstructor": _instance,
+    "numpy._core.multiarray._reconstruct": Array,
+    "numpy._core.numeric._frombuffer": _array_of_buffer,
+    "numpy.dtype": Dtype,
+    "numpy.ndarray": _array_of,
+    "torch.Size": _ints,
+    "torch.Tensor": _parameter,
+    "torch._tensor._rebuild_from_type_v2": _tensor_of_type,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_with_dtype,
+    "torch.nn.parameter.Parameter": _parameter,
+    "torch.serialization._get_layout": partial(_inert, "layout"),
+    "torch.storage.TypedStorage": StorageType(torch.uint8),
+    "torch.storage.UntypedStorage": StorageType(torch.uint8),
+    **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in STORAGES.items()},
+    **{f"torch.{name}Tensor": partial(_inert, name) for name in STORAGES},
+    **{str(dtype): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
+}
