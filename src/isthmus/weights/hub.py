@@ -254,8 +254,8 @@ def _hub_file(repo: str, name: str, revision: str | None) -> Path | None:
         if constants.HF_HUB_OFFLINE:
             return None  # what is wanted in any case is missed by the caller
         raise WeightsError(
-            f"{constants.ENDPOINT} cannot be reached and {what} is not in the cache; check the connection, the proxy "
-            f"and HF_ENDPOINT, or give the path of a copy"
+            f"{what} is not in the cache, and {constants.ENDPOINT} does not give it ({_reason(error.__cause__)}); "
+            f"check the connection, the proxy and HF_ENDPOINT, or give the path of a copy"
         ) from error
     except errors.EntryNotFoundError:
         return None
@@ -273,10 +273,13 @@ def _hub_file(repo: str, name: str, revision: str | None) -> Path | None:
     except errors.HFValidationError as error:
         raise WeightsError(f"{what} cannot be a repository: {error}") from error
     except (errors.HfHubHTTPError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise WeightsError(f"{name} of {what} cannot be had: {reason}; try again") from error
+        raise WeightsError(f"{name} of {what} cannot be had: {_reason(error)}; try again") from error
     _check_blob(path)
     return path
+
+
+def _reason(error: BaseException | None) -> str:
+    return str(error).splitlines()[0] if str(error or "") else "no connection"
 
 
 def _check_blob(path: Path) -> None:

@@ -1,0 +1,107 @@
+"""A web server on this machine for tests of downloads: whole files and ranges, broken connections, a model hub."""
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@dataclass
+class Web:
+    """What a server holds, and what it was asked for.
+
+    `cuts` are numbers of bytes after which the next answers break off; `errors` are status and X-Error-Code by the
+    beginning of a path; `hold` keeps every answer back until it is set.
+    """
+
+    address: str = ""
+    files: dict[str, bytes] = field(default_factory=dict)
+    cuts: list[int] = field(default_factory=list)
+    errors: dict[str, tuple[int, str]] = field(default_factory=dict)
+    tags: bool = True
+    ranges: bool = True
+    hold: threading.Event = field(default_factory=threading.Event)
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def count(self, method: str) -> int:
+        """How many requests of that method came."""
+        return sum(asked[0] == method for asked in self.asked)
+
+    def publish(self, repo: str, files: dict[str, bytes], revision: str = "main") -> None:
+        """A repository of the hub: its files under a branch or tag, and under the commit."""
+        for name, content in files.items():
+            for place in (revision, COMMIT):
+                self.files[f"/{repo}/resolve/{place}/{name}"] = content
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Answers from the server's `web`."""
+
+    server: "Server"
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        web, path = self.server.web, urlsplit(self.path).path
+        web.asked.append((self.command, path, self.headers.get("Range", "")))
+        web.hold.wait(30)
+        error = next((error for start, error in web.errors.items() if path.startswith(start)), None)
+        content = web.files.get(path)
+        if error or content is None:
+            status, code = error or (404, "EntryNotFound")
+            self.head(status, {"X-Error-Code": code, "Content-Length": "0"})
+            return
+        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        start = 0
+        if (wanted := self.headers.get("Range")) and web.ranges and self.headers.get("If-Range", tag) == tag:
+            start = int(wanted.removeprefix("bytes=").partition("-")[0])
+        if start >= len(content) > 0:
+            self.head(416, {"Content-Length": "0"})
+            return
+        facts = {"Content-Length": str(len(content) - start)} | ({"ETag": tag} if web.tags else {})
+        if start:
+            facts["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.head(206 if start else 200, facts)
+        if body:
+            end = start + web.cuts.pop(0) if web.cuts else len(content)
+            self.wfile.write(content[start:end])
+
+    def head(self, status: int, facts: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, value in (facts | {"X-Repo-Commit": COMMIT}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing on the terminal."""
+
+
+class Server(ThreadingHTTPServer):
+    """A server with what it holds."""
+
+    daemon_threads = True
+    web: Web
+
+
+@contextmanager
+def serving() -> Iterator[Web]:
+    """A server that runs until the block ends."""
+    with Server(("127.0.0.1", 0), Handler) as server:
+        server.web = Web(address=f"http://127.0.0.1:{server.server_port}")
+        server.web.hold.set()
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        try:
+            yield server.web
+        finally:
+            server.shutdown()
+            thread.join()
