@@ -14,7 +14,7 @@ from typing import Any, Literal
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
 from isthmus.errors import SpecError
 
-__all__ = ["variant", "variants"]
+__all__ = ["name_of", "variant", "variants"]
 
 DEEP = StemSpec(widths=(32, 32, 64), kernel=3)  # He et al. 2018 (bag of tricks): C and D
 TIERED = StemSpec(widths=(24, 32, 64), kernel=3)  # timm's T
@@ -222,6 +222,23 @@ def variant(name: str) -> NetSpec:
         return replace(cifar_spec(name, *CIFAR[twin]), shortcut="none")
     near = difflib.get_close_matches(name, variants(), n=3) or ["resnet50"]
     raise SpecError(f"there is no network named {name!r}; did you mean {', '.join(near)}? `isthmus models` lists all")
+
+
+def name_of(spec: NetSpec) -> str:
+    """The name of the network of the table that this is but for classes, channels and drop path; empty if none."""
+
+    def is_row(name: str) -> bool:
+        row = variant(name)
+        return row == replace(
+            spec,
+            name=name,
+            num_classes=row.num_classes,
+            in_channels=row.in_channels,
+            drop_path=row.drop_path,
+        )
+
+    own = [spec.name] if spec.name in variants() else []  # where two rows are equal, its own name goes first
+    return next((name for name in (*own, *variants()) if is_row(name)), "")
 
 
 def variants(pattern: str = "*") -> list[str]:

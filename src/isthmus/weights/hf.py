@@ -11,7 +11,7 @@ from typing import Any
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
-from isthmus.arch.variants import variant, variants
+from isthmus.arch.variants import name_of, variant
 from isthmus.errors import SpecError, WeightsError
 from isthmus.records import to_dict
 from isthmus.weights.catalog import IMAGENET_CLASSES
@@ -70,7 +70,7 @@ def _from_transformers(config: Mapping[str, Any]) -> Described:
         num_classes=0 if headless else len(classes),
     )
     own = () if headless or all(name == f"LABEL_{index}" for index, name in enumerate(classes)) else classes
-    return Described(spec=_named(spec), classes=own)
+    return Described(spec=replace(spec, name=name_of(spec)), classes=own)
 
 
 def _id2label(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -266,15 +266,6 @@ def from_pretrained_cfg(cfg: Mapping[str, Any]) -> Preprocess:
         raise WeightsError(f"pretrained_cfg has no {error.args[0]!r}; set net.preprocess yourself") from error
     except (SpecError, TypeError, ValueError) as error:
         raise WeightsError(f"pretrained_cfg: {error}") from error
-
-
-def _named(spec: NetSpec) -> NetSpec:
-    """The spec under the table's name for it, where it has one."""
-    for name in variants():
-        row = variant(name)
-        if replace(row, name="", in_channels=spec.in_channels, num_classes=spec.num_classes) == spec:
-            return replace(spec, name=name)
-    return spec
 
 
 @dataclass(frozen=True)
