@@ -17,7 +17,7 @@ from isthmus.arch.spec import HeadSpec, NetSpec, StageSpec, StemSpec
 from isthmus.arch.variants import variant
 from isthmus.errors import RunError, SpecError, WeightsError
 from isthmus.nn.network import ResNet
-from isthmus.weights.files import metadata, write
+from isthmus.weights.files import headers, write
 from isthmus.weights.load import create, load, load_weights, read_network
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import SCHEMA
@@ -78,10 +78,11 @@ def test_saved_and_loaded(tmp_path, spec):
     assert not found.training
     assert all(parameter.requires_grad for parameter in found.parameters())
     x = torch.randn(2, spec.in_channels, *(64,) * spec.dims)
-    torch.testing.assert_close(found(x), net(x))  # not bit-equal: tensors in a mapped file are aligned otherwise
+    torch.testing.assert_close(found(x), net(x))
     assert report.parameters == sum(parameter.numel() for parameter in net.parameters())
-    assert (report.assumed, report.adapted, report.initialised, report.dropped) == ((), (), (), ())
-    assert json.loads(metadata(tmp_path / "a.safetensors")["isthmus"])["extra"] == {"epoch": 7}
+    assert report.loaded == tuple(net.state_dict())
+    assert (report.assumed, report.computed, report.initialised, report.dropped) == ((), {}, {}, ())
+    assert json.loads(headers(tmp_path / "a.safetensors").metadata["isthmus"])["extra"] == {"epoch": 7}
 
 
 def test_another_layout_is_inverted_on_loading(tmp_path):
@@ -127,7 +128,7 @@ def test_a_run_folder(tmp_path, saved):
 )
 def test_descriptions_that_make_no_sense(tmp_path, saved, change, reason):
     net, path = saved
-    described = json.loads(metadata(path)["isthmus"]) | change
+    described = json.loads(headers(path).metadata["isthmus"]) | change
     write(path, net.state_dict(), {"isthmus": json.dumps(described)})
     with pytest.raises(WeightsError, match=reason):
         load(path)
@@ -180,7 +181,7 @@ def test_a_bare_state_dict_names_no_network(tmp_path):
         load(tmp_path / "a.pth")
     text = str(raised.value)
     assert "resnet50, resnet50_v1, resnet50_keras, resnetaa50, resnetblur50" in text
-    assert f"net = create('resnet50'); load_weights(net, {str(tmp_path / 'a.pth')!r})" in text
+    assert f"Say it: load({str(tmp_path / 'a.pth')!r}, arch='resnet50')" in text
 
 
 def test_candidates_of_a_foreign_layout_and_of_no_network(tmp_path):
@@ -291,11 +292,11 @@ def test_a_new_head(saved):
     before, path = saved
     net, report = read_network(path, num_classes=7)
     assert net.fc.weight.shape == (7, 32)
-    assert report.adapted == ("a new classifier for 7 classes instead of 3",)
-    assert set(report.initialised) == set(report.dropped) == {"fc.weight", "fc.bias"}
+    assert report.initialised == dict.fromkeys(["fc.weight", "fc.bias"], "a new classifier for 7 classes instead of 3")
+    assert report.dropped == ("fc.weight", "fc.bias")
     assert "fc.weight" not in report.loaded
     assert torch.equal(net.conv1.weight, before.conv1.weight)
-    assert read_network(path, num_classes=3)[1].adapted == ()
+    assert read_network(path, num_classes=3)[1].initialised == {}
     assert not load(path, num_classes=3, head="new").fc.bias.any()
     kept = network(seed=1)
     report = load_weights(kept, path, head="new")
@@ -319,7 +320,10 @@ def test_other_input_channels(saved):
     before, path = saved
     net, report = read_network(path, in_channels=1)
     torch.testing.assert_close(net.conv1.weight, before.conv1.weight.sum(1, keepdim=True))
-    assert report.adapted == ("conv1.weight from 3 to 1 input channels, equal where normalised channels are",)
+    assert report.computed == {
+        "conv1.weight": "3 to 1 input channels, their sum; the response is equal where all normalised channels are"
+    }
+    assert "conv1.weight" not in report.loaded
     assert net.preprocess.channels == "L"
     grey = torch.randn(1, 1, 64, 64)
     torch.testing.assert_close(net(grey), before(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
@@ -359,7 +363,7 @@ def test_the_demo_with_a_report():
     assert report.parameters == sum(p.numel() for p in net.parameters()) - sum(p.numel() for p in net.fc.parameters())
     text = str(report)
     for part in (
-        "demo (onnx): 106 tensors",
+        "demo (onnx): 106 of 108 tensors as they are",
         "trained to moderate images",
         "BSD-2-Clause",
         "5 classes instead of 2",
@@ -450,7 +454,8 @@ def test_modules_that_are_no_such_network():
 def test_adopting_adapts_too():
     theirs = timm.create_model("resnet10t", num_classes=10)
     report = load_weights(create("resnet10t", num_classes=4, in_channels=1), theirs, head="adapt", adapt_input=True)
-    assert len(report.adapted) == 2
+    assert set(report.computed) == {"conv1.0.weight"}
+    assert set(report.initialised) == {"fc.weight", "fc.bias"}
     theirs = torchvision.models.resnet18()
     theirs.fc = nn.Sequential(nn.Dropout(), nn.Linear(512, 5))
     report = load_weights(create("resnet18"), theirs, head="new")
