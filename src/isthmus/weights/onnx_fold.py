@@ -47,12 +47,16 @@ def sizes(node: Node, shape: tuple[int | str, ...]) -> Array:
 
 
 def _constant(node: Node, _args: list[Array]) -> Array:
-    for name in ("value", "value_float", "value_floats", "value_int", "value_ints"):
-        if name in node.attributes:
-            value = node.attributes[name]
-            kind = {float: np.float32, int: np.int64}.get(type(value))
-            kind = kind or (np.float32 if name == "value_floats" else np.int64)
-            return value if isinstance(value, np.ndarray) else np.array(value, kind)
+    kinds: dict[str, Any] = {
+        "value": None,
+        "value_float": np.float32,
+        "value_floats": np.float32,
+        "value_int": np.int64,
+        "value_ints": np.int64,
+    }
+    for name, kind in kinds.items():
+        if (value := node.attributes.get(name)) is not None:
+            return np.asarray(value, kind)
     return node.fail("a constant of this kind cannot be read")
 
 
@@ -113,6 +117,8 @@ def _slice(node: Node, args: list[Array]) -> Array:
 
 def _filled(node: Node, args: list[Array]) -> Array:
     value = node.attributes.get("value", np.zeros(1, np.float32))
+    if not isinstance(value, np.ndarray) or value.size != 1:
+        node.fail("its value must be one number")
     return np.full(_small(node, whole_numbers(node, args[0], "shape")), value.reshape(-1)[0], value.dtype)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from isthmus.arch.block import Layer
 from isthmus.arch.plan import Plan, plan
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
-from isthmus.arch.variants import variant, variants
+from isthmus.arch.variants import name_of, variant, variants
 from isthmus.errors import SpecError, WeightsError
 from isthmus.weights.onnx_file import Array, read_graph
 from isthmus.weights.onnx_normal import Normal, Op, normal_form
@@ -103,13 +103,12 @@ def read_onnx(path: Path | str) -> OnnxNetwork:
         raise WeightsError(f"{path} holds no residual network: no two ways in its graph are added")
     every = [*stem, *(op for block in blocks for op in (*block.lead, *block.main, *block.shortcut)), *tail]
     try:
-        spec = _spec(stem, blocks, tail, every)
+        spec = replace(_spec(stem, blocks, tail, every), name=path.stem)
         size = tuple(side if isinstance(side, int) else 224 for side in every[0].inputs[0].size)
-        spec = _squeezed(spec, every, size)
+        spec = _named(_squeezed(spec, every, size), every)
         net = plan(spec, size)
         layers = _Layers(spec)
         layers.network(net, stem, blocks, tail)
-        spec = replace(spec, **{"name": path.stem} | _named(spec, known_eps=any(op.eps for op in every)))
     except SpecError as error:
         raise WeightsError(f"{path}: its network cannot be built: {error}") from error
     return OnnxNetwork(
@@ -212,7 +211,7 @@ def _spec(stem: list[Op], blocks: list[Block], tail: list[Op], every: list[Op]) 
         else "conv1",
         stride_at="conv1" if early else "conv2",
         norm="batch" if norms else "none",
-        norm_eps=next((op.eps for op in norms if op.eps), 1e-5),
+        norm_eps=next((op.eps for op in norms if op.eps is not None), 1e-5),
         activation="silu" if of_kind(every, "silu") else "relu",
         attention="se" if "linear" in gates else "eca" if gates else "none",
         anti_alias="blur" if "blur" in filters else "avg" if filters else "none",
@@ -285,16 +284,14 @@ def _squeezed(spec: NetSpec, every: list[Op], size: tuple[int, ...]) -> NetSpec:
     return gate.parts[0].node.fail(f"squeeze-and-excitation through {found} channels fits no ratio of {RATIOS}")
 
 
-def _named(spec: NetSpec, *, known_eps: bool) -> dict[str, Any]:
-    """Name and epsilon of the variant that this is, whatever its classes and input channels; empty if it is none."""
-    for name in variants():
-        row = variant(name)
-        same: dict[str, Any] = {"name": name, "num_classes": spec.num_classes, "in_channels": spec.in_channels}
-        same |= {"norm": spec.norm} if spec.norm == "none" else {}
-        same |= {} if known_eps else {"norm_eps": spec.norm_eps}
-        if replace(row, **same) == replace(spec, name=name):
-            return {"name": name, "norm_eps": row.norm_eps}
-    return {}
+def _named(spec: NetSpec, every: list[Op]) -> NetSpec:
+    """The spec under its name in the table of variants, if it has one; norms without an epsilon get that one's."""
+    known = spec.norm == "none" or any(op.eps is not None for op in every)
+    for eps in [spec.norm_eps] if known else dict.fromkeys(variant(name).norm_eps for name in variants()):
+        # Networks whose norms are folded keep their name.
+        if name := name_of(replace(spec, norm="batch", norm_eps=eps)):
+            return replace(spec, name=name, norm_eps=eps)
+    return spec
 
 
 def _notes(normal: Normal, spec: NetSpec, every: list[Op], found: set[str]) -> Iterable[str]:
@@ -406,7 +403,7 @@ class _Layers:
     def norm(self, op: Op | None, layer: Layer, name: str, offset: Array | None) -> None:
         """A norm's tensors, its mean less by the offset before it; without an operation, one that adds the offset."""
         width, eps = layer.out_channels, self.spec.norm_eps
-        if op is not None and (op.channels != width or (op.eps or eps) != eps):
+        if op is not None and (op.channels != width or op.eps not in (None, eps)):
             op.node.fail(f"it has {op.channels} channels and epsilon {op.eps}; the network's other norms have {eps}")
         found = op.constants if op is not None else {}
         constants: dict[str, Array] = {

@@ -26,6 +26,7 @@ Kind = Literal[
 MAP, ROW = ("N", "C", "H", "W"), ("N", "C")
 ONE = "1"  # the label of an axis of one value
 WIDE = "*"  # the same, repeated to the size of another map; only a product may read it
+AREA = "HW"  # H and W as one axis; only a mean may read it
 GATES = {("linear", "act", "linear", "sigmoid"): "se", ("eca", "sigmoid"): "eca"}
 BLUR = np.outer((1, 2, 1), (1, 2, 1)) / 16  # Zhang 2019
 LOWEST = -3e38  # a pad by such a number is a pad by minus infinity
@@ -129,7 +130,9 @@ class Call:
     def sizes(self, value: Value) -> tuple[Size, ...]:
         """The shape of a value."""
         known = {"N": self.batch, "C": value.op.channels, ONE: 1, WIDE: 1}
-        known |= dict(zip("HW", value.op.size, strict=True))
+        high, wide = value.op.size
+        area = high * wide if isinstance(high, int) and isinstance(wide, int) else f"{high} × {wide}"
+        known |= {"H": high, "W": wide, AREA: area}
         return tuple(known[axis] for axis in value.axes)
 
 
@@ -154,7 +157,7 @@ def normal_form(graph: Graph) -> Normal:
             args = [values[name] if name else None for name in node.inputs]
             try:
                 values[node.outputs[0]] = _result(Call(node, args, batch), fold)
-            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
                 node.fail(f"its inputs or attributes do not fit it ({str(error).splitlines()[0]})")
     found = values.get(graph.outputs[0])
     if not isinstance(found, Value):
@@ -194,7 +197,9 @@ def _result(call: Call, fold: Folder) -> Value | Array:
 
 def _conv(call: Call) -> Value:
     node, value, weight = call.node, call.value(), call.constant(1, "weight")
-    constants = {"weight": weight} | ({"bias": _vector(call, 2, len(weight))} if call.has(2) else {})
+    constants = {"weight": weight}
+    if call.has(2) and (bias := _vector(call, 2, len(weight))).any():  # some exporters write a bias of zeros
+        constants["bias"] = bias
     if not weight.size or node.integers("kernel_shape", weight.shape[2:]) != weight.shape[2:]:
         node.fail(f"its weight has shape {weight.shape} and its kernel_shape is another, or nothing")
     if weight.ndim == 3:
@@ -288,7 +293,7 @@ def _reduce_mean(call: Call) -> Value:
     node, value = call.node, call.value()
     axes = argument(node, call.args, "axes", 1) or ()
     places = {axis_of(axis, len(value.axes), node) for axis in axes}
-    if value.op.pooled or {value.axes[place] for place in places} != {"H", "W"}:
+    if {value.axes[place] for place in places} not in ({"H", "W"}, {AREA}):
         node.fail(f"a mean over axes {axes}; over the map it would be those of H and W")
     kept = (ONE,) if node.integer("keepdims", 1) else ()
     seen = [kept if place in places else (axis,) for place, axis in enumerate(value.axes)]
@@ -513,6 +518,12 @@ def _cast(call: Call) -> Value:
     return call.value() if floating else call.node.fail("a cast to whole numbers; quantised graphs cannot be read")
 
 
+def _cast_like(call: Call) -> Value | Array:
+    """Everything that is computed is floating-point."""
+    value = call.args[0]
+    return value.astype(np.float32) if isinstance(value, np.ndarray) else call.value()
+
+
 def _transpose(call: Call) -> Value:
     value = call.value()
     perm = call.node.integers("perm", tuple(reversed(range(len(value.axes)))))
@@ -550,24 +561,24 @@ def _flatten(call: Call) -> Value:
 
 
 def _reshape(call: Call) -> Value:
-    """A shape that keeps every axis of more than one value, in order."""
+    """A shape that keeps every axis of more than one value, in order; H and W may become one."""
     value = _row(call.value())
     wanted = call.constant(1, "shape").reshape(-1).tolist()
     old, zero = call.sizes(value), call.node.integer("allowzero", 0)
     wanted = [old[place] if size == 0 and not zero else size for place, size in enumerate(wanted)]
+    area = call.sizes(replace(value, axes=(AREA,)))[0]
     left = [(axis, size) for axis, size in zip(value.axes, old, strict=True) if axis != ONE]
-    axes = []
-    for size in wanted[:9]:
-        if left and size in (left[0][1], -1):
+    axes: list[str] = []
+    for place, size in enumerate(wanted[:9]):
+        joins = [axis for axis, _ in left[:2]] == ["H", "W"] and len(left) > len(wanted) - place
+        if joins and size in (area, -1):
+            axes, left = [*axes, AREA], left[2:]
+        elif left and size in (left[0][1], -1):
             axes.append(left.pop(0)[0])
-        elif size in (1, -1):
-            axes.append(ONE)
         else:
-            axes.append("")
+            axes.append(ONE if size in (1, -1) else "")
     if left or "" in axes or wanted.count(-1) > 1 or len(wanted) > 8:
-        call.node.fail(
-            f"it makes {tuple(wanted)} of axes {', '.join(value.axes)} ({old}); only a pooled map can change"
-        )
+        call.node.fail(f"it makes {tuple(wanted)} of axes {', '.join(value.axes)} ({old}), whose order it would change")
     return replace(value, axes=tuple(axes))
 
 
@@ -644,7 +655,7 @@ def _activation(kind: Kind) -> Callable[[Call], Value]:
     return lambda call: replace(call.value(), op=_same_shape(kind, call.node, call.value().op))
 
 
-OPERATIONS: dict[str, Callable[[Call], Value]] = {
+OPERATIONS: dict[str, Callable[[Call], Value | Array]] = {
     "Conv": _conv,
     "Gemm": _gemm,
     "MatMul": _matmul,
@@ -665,6 +676,7 @@ OPERATIONS: dict[str, Callable[[Call], Value]] = {
     "Identity": _as_is,
     "Dropout": _as_is,
     "Cast": _cast,
+    "CastLike": _cast_like,
     "Transpose": _transpose,
     "Squeeze": _squeeze,
     "Unsqueeze": _unsqueeze,
