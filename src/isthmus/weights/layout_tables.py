@@ -72,9 +72,10 @@ def made_of(spec: NetSpec) -> dict[str, tuple[Any, ...]]:
     basic = any(stage.block == "basic" for stage in stages)
     facts: dict[str, list[Any]] = {
         "dims": [spec.dims],
-        "block": [stage.block for stage in stages],
+        "block": [" and ".join(sorted({stage.block for stage in stages}))],
         "stem": [f"{convolution} {stem.pool}" if len(stem.widths) == 1 else f"three {convolution} {stem.pool}"],
         "stem width": list(stem.widths),
+        "tiered stem": [len(stem.widths) == 3 and tuple(stem.widths) != (stem.widths[2] // 2,) * 2 + stem.widths[2:]],
         "stem bias": [stem.bias],
         "shortcut": [spec.shortcut],
         "pool of dilated shortcuts": [dilated and spec.shortcut == "avg"],
@@ -183,6 +184,7 @@ TIMM = Layout(
     can=PLAIN
     | ON_3X3
     | {
+        "block": (*PLAIN["block"], "basic and bottleneck"),
         "stem": ("7×7/2 max", "three 3×3/2 max", "7×7/2 conv", "three 3×3/2 conv"),
         "shortcut": ("conv1", "conv3", "avg"),
         "pool of dilated shortcuts": (False, True),
@@ -324,6 +326,7 @@ MMPRETRAIN = Layout(
     can=PLAIN
     | {
         "stem": (*DEEP["stem"], "3×3/1 none"),
+        "tiered stem": (False,),
         "shortcut": ("conv1", "avg"),
         "attention": ("none", "se"),
     },
