@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from isthmus.nn.network import ResNet
     from isthmus.run import evaluate, fit, predict
     from isthmus.train.recipe import Recipe
-    from isthmus.weights.load import LoadReport, create, load, load_weights
+    from isthmus.weights.fit import LoadReport
+    from isthmus.weights.load import create, load, load_weights
     from isthmus.weights.save import save_weights
 
 LAZY = {
@@ -31,7 +32,7 @@ LAZY = {
     "ResNet": "isthmus.nn.network",
     "fold": "isthmus.nn.fold",
     "freeze": "isthmus.nn.freeze",
-    "LoadReport": "isthmus.weights.load",
+    "LoadReport": "isthmus.weights.fit",
     "create": "isthmus.weights.load",
     "load": "isthmus.weights.load",
     "load_weights": "isthmus.weights.load",

@@ -19,7 +19,7 @@ from isthmus.weights.adopt import candidates, check_same_function, decided
 from isthmus.weights.fit import Fitted, Head, LoadReport, fit_tensors, layout_of, preprocess_of
 from isthmus.weights.source import Origin, Source, listed, open_source
 
-__all__ = ["LoadReport", "create", "load", "load_weights", "read_network"]
+__all__ = ["create", "load", "load_weights", "read_network"]
 
 Blocks = Mapping[str, type[nn.Module]]
 Classes = Sequence[str | int]
