@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
         web.asked.append((self.command, path, self.headers.get("Range", "")))
         web.hold.wait(30)
         error = next((error for start, error in web.errors.items() if path.startswith(start)), None)
-        content = web.files.get(path)
+        content = web.files.get(path, web.files.get(unquote(path)))
         if error or content is None:
             status, code = error or (404, "EntryNotFound")
             self.head(status, {"X-Error-Code": code, "Content-Length": "0"})

@@ -214,8 +214,10 @@ def to_preprocessor(preprocess: Preprocess) -> dict[str, Any]:
 # timm: https://github.com/huggingface/pytorch-image-models, timm/models/_hub.py and timm/data/transforms_factory.py
 
 
+_TRAINING_ONLY = ("num_classes", "drop_rate", "drop_path_rate", "drop_block_rate", "zero_init_last")
+
+
 def _from_timm(config: Mapping[str, Any]) -> Described:
-    say = _Fields(config, "config.json")
     cfg = config.get("pretrained_cfg", config)  # older files have one level
     args = dict(config.get("model_args") or {})
     try:
@@ -226,11 +228,14 @@ def _from_timm(config: Mapping[str, Any]) -> Described:
         raise WeightsError(f"config.json: {error}") from error
     classes = config.get("num_classes", cfg.get("num_classes", 1000))
     channels = args.pop("in_chans", cfg.get("input_size", (3,))[0])
-    args.pop("num_classes", None)
-    if args:  # each of timm's arguments may change what the network computes
-        raise say.unsupported("model_args", "in_chans, num_classes and output_stride")
-    if classes:
-        say.must("global_pool", "avg", default="avg")
+    pool = args.pop("global_pool", config.get("global_pool", "avg"))
+    if classes and pool != "avg":
+        raise WeightsError(f"config.json: global_pool is {pool!r}; what can be read here is 'avg'")
+    if others := [name for name in args if name not in _TRAINING_ONLY]:  # each may change what the network computes
+        raise WeightsError(
+            f"config.json: model_args has {', '.join(others)}; what can be read here is in_chans, num_classes, "
+            f"global_pool and output_stride"
+        )
     return Described(
         spec=replace(spec, num_classes=classes, in_channels=channels),
         preprocess=from_pretrained_cfg(cfg) if channels == 3 else None,

@@ -136,7 +136,7 @@ def _address(text: str, layout: str | None, *, values: bool) -> Source:
     record = next((record for record in catalog.CATALOG.values() if record.place == url), None)
     path = hub.download(url, sha256 or (record.sha256 if record else ""))
     source = _file(path, layout, record, values=values)
-    if sha256 or record:
+    if sha256 or source.extra:  # pinned, or in the catalog
         return source
     note = f"nobody said what it must hold: pin it with {url}#sha256={hub.sha256(path)}"
     return replace(source, notes=(*source.notes, note))
