@@ -3,12 +3,22 @@
 import json
 
 import pytest
+from cyclopts import App
 
 from isthmus.cli.main import app
 
-COMMANDS = ["models", "plan", "train", "eval", "predict", "env"]
+COMMANDS = ["models", "plan", "train", "eval", "predict", "env", "weights"]
+WEIGHTS = ["inspect", "convert", "verify", "list"]
 # Commands whose options are pinned in tests/golden/commands.json; add a name, then run pytest --regenerate.
-PINNED = ["models", "plan"]
+PINNED = ["models", "plan", *(f"weights {name}" for name in WEIGHTS)]
+
+
+def at(words: str) -> App:
+    """A command by its words, such as "weights list"."""
+    found = app
+    for word in words.split():
+        found = found[word]
+    return found
 
 
 def options(command: str) -> dict[str, dict[str, object]]:
@@ -22,12 +32,13 @@ def options(command: str) -> dict[str, dict[str, object]]:
             "default": None if argument.required else argument.field_info.default,
             "explained": bool(argument.parameter.help),
         }
-        for argument in app[command].assemble_argument_collection(parse_docstring=True)
+        for argument in at(command).assemble_argument_collection(parse_docstring=True)
     }
 
 
 def test_commands():
     assert [name for name in app if not name.startswith("-")] == COMMANDS
+    assert [name for name in app["weights"] if not name.startswith("-")] == WEIGHTS
 
 
 def test_options(golden):
@@ -36,5 +47,5 @@ def test_options(golden):
 
 @pytest.mark.parametrize("command", PINNED)
 def test_every_option_and_command_is_explained(command):
-    assert app[command].help
+    assert at(command).help
     assert [name for name, option in options(command).items() if not option["explained"]] == []

@@ -46,6 +46,16 @@ class Preprocess:
         if min(self.std) <= 0:
             raise SpecError(f"preprocess std is {self.std}; every value must be above 0")
 
+    def __str__(self) -> str:
+        """The steps in a line."""
+        sides = "both sides" if self.squash else "shorter side"
+        mean, std = (", ".join(f"{value:.4g}" for value in values) for values in (self.mean, self.std))
+        views = f", mean over {', '.join(self.views)}" if len(self.views) > 1 else ""
+        return (
+            f"{sides} to {self.resize} px ({self.interpolation}), middle {self.crop}×{self.crop} px, {self.channels} "
+            f"from 0 to 1, minus ({mean}), over ({std}){views}"
+        )
+
     def at(self, size: int) -> Self:
         """The same record for another input size in pixels; the ratio of resize to crop is kept."""
         return replace(self, resize=round(self.resize * size / self.crop), crop=size)

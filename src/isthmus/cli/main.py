@@ -21,6 +21,13 @@ for way, names in {
 }.items():
     for name in names:
         app.command(f"isthmus.cli.{way}:{name.replace('eval', 'evaluate')}", name=name)
+weights = App(
+    name="weights",
+    help="Weight files: look inside (inspect), write under other names (convert), prove (verify), find (list).",
+)
+for name in ("inspect", "convert", "verify", "list"):
+    weights.command(f"isthmus.cli.weights:{name.replace('list', 'list_weights')}", name=name)
+app.command(weights)
 
 
 def main() -> None:

@@ -4,9 +4,10 @@ from collections.abc import Iterable, Sequence
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["console", "count", "print_table", "size"]
+__all__ = ["console", "count", "print_facts", "print_table", "size"]
 
 console = Console(highlight=False)
 SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -35,4 +36,15 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         table.add_row(*map(str, row))
+    console.print(table)
+
+
+def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:
+    """What a thing is: its name, then a line a fact, long ones wrapped under themselves. Nothing is read as markup."""
+    console.print(f"[bold]{escape(title)}[/]", soft_wrap=True)
+    table = Table.grid(padding=(0, 0, 0, 2), pad_edge=True)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, fact in facts:
+        table.add_row(label, escape(fact))
     console.print(table)

@@ -40,7 +40,7 @@ def onnx_outputs(path: Path | str, net: ResNet, pictures: Tensor | None = None) 
             raise WeightsError(f"{path} has {what} {there} and the network {here}: they cannot be compared")
     pictures = _pictures(graph, net) if pictures is None else pictures
     batch = graph.shape[0] if isinstance(graph.shape[0], int) else len(pictures)
-    theirs = _run(path, (pictures.permute(0, 2, 3, 1) if graph.channels_last else pictures).split(batch))
+    theirs = _run(path, (pictures.permute(0, 2, 3, 1) if graph.channels_last else pictures).split(batch))  # type: ignore[no-untyped-call]
     first, training = next(net.parameters()), net.training
     try:
         with torch.no_grad():

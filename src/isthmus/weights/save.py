@@ -9,6 +9,7 @@ from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.records import to_dict
 from isthmus.weights import files, layouts
+from isthmus.weights.hf_folder import write_folder
 from isthmus.weights.source import SCHEMA
 
 __all__ = ["save_weights"]
@@ -20,19 +21,24 @@ def save_weights(
     """Save a network in the names of `layout`, whole or not at all; `extra` must be plain JSON values.
 
     The suffix of `path` says the format: .safetensors carries spec, preprocessing, classes and `extra`, so that `load`
-    reads it back; .pth, .pkl and .h5 hold tensors alone. Raises RunError when the disk will not take it, WeightsError
-    when classes and classifier disagree, the layout cannot name the network, or `extra` is no JSON.
+    reads it back; .pth, .pkl and .h5 hold tensors alone. With layout transformers and none of these suffixes, `path` is
+    a folder as the Hugging Face hub keeps it. Raises RunError when the disk will not take it, WeightsError when classes
+    and classifier disagree, the layout cannot name the network, or `extra` is no JSON.
     """
+    path = Path(path)
     if net.classes and len(net.classes) != net.spec.num_classes:
         raise WeightsError(
             f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
         )
-    text = description(net, layout, extra or {})
+    metadata = {"format": "pt", "isthmus": _description(net, layout, extra or {})}
     tensors = layouts.from_native(net.state_dict(), layout, net.spec).tensors
-    files.write(path, tensors, {"format": "pt", "isthmus": text})
+    if layout == "transformers" and path.suffix not in files.WRITERS:
+        write_folder(net, path, tensors, metadata, extra or {})
+    else:
+        files.write(path, tensors, metadata)
 
 
-def description(net: ResNet, layout: str, extra: Mapping[str, Any]) -> str:
+def _description(net: ResNet, layout: str, extra: Mapping[str, Any]) -> str:
     """What the metadata of our files says of a network, as JSON; raises WeightsError for an `extra` that is none."""
     described = {
         "schema": SCHEMA,
