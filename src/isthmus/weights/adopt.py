@@ -12,9 +12,10 @@ from isthmus.arch.plan import plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec, NetSpec
 from isthmus.arch.variants import variant, variants
-from isthmus.errors import SpecError, WeightsError
+from isthmus.errors import WeightsError
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
+from isthmus.weights.hf import from_pretrained_cfg
 from isthmus.weights.layouts import LAYOUTS, carriers, modules, pairs, to_native, weight_keys
 
 __all__ = ["candidates", "check_same_function", "decided", "timm_preprocess"]
@@ -26,17 +27,9 @@ COUNTER = "num_batches_tracked"
 
 def timm_preprocess(module: nn.Module) -> Preprocess | None:
     """The preprocessing that a timm network carries in its `pretrained_cfg`; None where it says nothing we know."""
-    said = getattr(module, "pretrained_cfg", None) or {}
     try:
-        crop = int(said["input_size"][-1])
-        return Preprocess(
-            resize=round(crop / said["crop_pct"]),
-            crop=crop,
-            interpolation=said["interpolation"],
-            mean=tuple(said["mean"]),
-            std=tuple(said["std"]),
-        )
-    except (KeyError, TypeError, IndexError, SpecError):
+        return from_pretrained_cfg(getattr(module, "pretrained_cfg", None) or {})
+    except WeightsError:
         return None
 
 
