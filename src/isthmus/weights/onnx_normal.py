@@ -7,133 +7,44 @@ gates of channels become one operation. Nodes are read once, in their order, whi
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from isthmus.errors import WeightsError
+from isthmus.weights.onnx_axes import (
+    as_is,
+    cast,
+    cast_like,
+    expand,
+    flatten,
+    pad,
+    pick,
+    reshape,
+    row,
+    squeeze,
+    transpose,
+    unsqueeze,
+)
 from isthmus.weights.onnx_file import Array, Graph, Node
 from isthmus.weights.onnx_fold import Folder, argument, axis_of, sizes
+from isthmus.weights.onnx_op import AREA, MAP, ONE, ROW, WIDE, Call, Kind, Op, Size, Value, Window
 
-__all__ = ["Normal", "Op", "Window", "normal_form"]
+__all__ = ["Normal", "normal_form"]
 
-Size = int | str
-Kind = Literal[
-    "input", "conv", "norm", "act", "sigmoid", "silu", "maxpool", "avgpool", "blur", "zeropad", "lowpad", "reflectpad",
-    "padchannels", "subsample", "gate", "add", "pool", "linear", "eca", "softmax",
-]  # fmt: skip
-MAP, ROW = ("N", "C", "H", "W"), ("N", "C")
-ONE = "1"  # the label of an axis of one value
-WIDE = "*"  # the same, repeated to the size of another map; only a product may read it
-AREA = "HW"  # H and W as one axis; only a mean may read it
 GATES = {("linear", "act", "linear", "sigmoid"): "se", ("eca", "sigmoid"): "eca"}
 BLUR = np.outer((1, 2, 1), (1, 2, 1)) / 16  # Zhang 2019
-LOWEST = -3e38  # a pad by such a number is a pad by minus infinity
-MOST_CHANNELS = 1 << 20
-SKIPPED = ("Identity", "Dropout")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Window:
-    """How a convolution or a pool slides over a map: per axis, and `pads` as (top, left, bottom, right)."""
-
-    kernel: tuple[int, ...] = (1, 1)
-    strides: tuple[int, ...] = (1, 1)
-    pads: tuple[int, ...] = (0, 0, 0, 0)
-    dilations: tuple[int, ...] = (1, 1)
-    groups: int = 1
-    ceil: bool = False
-    counts_pads: bool = True
-
-    def out_size(self, size: tuple[Size, Size]) -> tuple[Size, Size]:
-        """Of a map; a word where it is not fixed."""
-        return self._out(0, size[0]), self._out(1, size[1])
-
-    def _out(self, axis: int, size: Size) -> Size:
-        stride = self.strides[axis]
-        reach = self.dilations[axis] * (self.kernel[axis] - 1) + 1 - self.pads[axis] - self.pads[axis + 2]
-        if isinstance(size, str):
-            return size if stride == reach == 1 else f"({size} - {reach}) / {stride}"[:99]
-        return (size - reach + (stride - 1 if self.ceil else 0)) // stride + 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Op:
-    """One operation of the normal form. `size` is of the map it makes, or that was pooled into the row it makes."""
-
-    kind: Kind
-    node: Node
-    inputs: tuple["Op", ...] = ()
-    channels: int
-    size: tuple[Size, Size]
-    pooled: bool = False
-    window: Window = Window()
-    constants: dict[str, Array] = field(default_factory=dict)
-    eps: float | None = None
-    parts: tuple["Op", ...] = ()
-
-    @property
-    def weight(self) -> Array:
-        """What a convolution or a linear layer multiplies with."""
-        return self.constants["weight"]
-
-
-@dataclass(frozen=True, slots=True)
-class Value:
-    """An operation's result, and what each of its axes is."""
-
-    op: Op
-    axes: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Normal:
-    """The operation that ends the graph, and how the picture enters it."""
+    """The picture, the operation that ends the graph, and how the picture enters it."""
 
+    start: Op
     end: Op
     channels_last: bool
     shape: tuple[Size, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A node with what it reads: values, constants, and None for what is left out."""
-
-    node: Node
-    args: list[Any]
-    batch: Size
-
-    def value(self, place: int = 0) -> Value:
-        """A computed input."""
-        found = self.args[place] if place < len(self.args) else None
-        return found if isinstance(found, Value) else self.node.fail(f"its input {place} must be computed")
-
-    def map(self) -> Op:
-        """The computed input as a map with channels first."""
-        value = self.value()
-        if value.axes != MAP:
-            self.node.fail(f"it reads axes {', '.join(value.axes)}; a map (N, C, H, W) was expected")
-        return value.op
-
-    def constant(self, place: int, what: str) -> Array:
-        """A constant input."""
-        found = self.args[place] if place < len(self.args) else None
-        if not isinstance(found, np.ndarray):
-            self.node.fail(f"its {what} is computed or missing; it must be a constant")
-        return found
-
-    def has(self, place: int) -> bool:
-        """Whether an input that may be left out is there."""
-        return place < len(self.args) and self.args[place] is not None
-
-    def sizes(self, value: Value) -> tuple[Size, ...]:
-        """The shape of a value."""
-        known = {"N": self.batch, "C": value.op.channels, ONE: 1, WIDE: 1}
-        high, wide = value.op.size
-        area = high * wide if isinstance(high, int) and isinstance(wide, int) else f"{high} × {wide}"
-        known |= {"H": high, "W": wide, AREA: area}
-        return tuple(known[axis] for axis in value.axes)
 
 
 def normal_form(graph: Graph) -> Normal:
@@ -162,10 +73,10 @@ def normal_form(graph: Graph) -> Normal:
     found = values.get(graph.outputs[0])
     if not isinstance(found, Value):
         raise WeightsError(f"no node of the graph makes its output {graph.outputs[0]!r}")
-    end = _row(found)
+    end = row(found)
     if tuple(axis for axis in end.axes if axis != ONE) != ROW:
         end.op.node.fail(f"the graph ends with axes {', '.join(end.axes)}; logits (N, classes) were expected")
-    return Normal(end=end.op, channels_last=last, shape=graph.shape)
+    return Normal(start=first, end=end.op, channels_last=last, shape=graph.shape)
 
 
 def _channels_last(graph: Graph) -> bool:
@@ -219,7 +130,7 @@ def _conv(call: Call) -> Value:
         op, window = _joined(op, window)
     if weight.shape[1] * window.groups != op.channels or len(weight) % window.groups:
         node.fail(f"its weight has shape {weight.shape} in {window.groups} groups; it reads {op.channels} channels")
-    return _slid("conv", node, op, window, len(weight), constants)
+    return _slid("conv", node, op, window, channels=len(weight), constants=constants)
 
 
 def _conv_over_channels(call: Call, constants: dict[str, Array]) -> Value:
@@ -230,7 +141,7 @@ def _conv_over_channels(call: Call, constants: dict[str, Array]) -> Value:
     found = constants["weight"].shape[:2], pads, node.integers("strides", (1,)), node.integers("dilations", (1,))
     if value.axes != ("N", ONE, "C") or found != ((1, 1), (kernel // 2,) * 2, (1,), (1,)) or len(constants) > 1:
         node.fail("a one-dimensional convolution must be channel attention's: one filter over all channels")
-    return Value(_row_op("eca", node, value.op, value.op.channels, constants), value.axes)
+    return Value(value.op.then("eca", node, constants=constants), value.axes)
 
 
 def _blur(node: Node, op: Op, window: Window, weight: Array) -> Value:
@@ -239,18 +150,18 @@ def _blur(node: Node, op: Op, window: Window, weight: Array) -> Value:
     if not fixed or any(window.pads) or op.window.pads != (1, 1, 1, 1):
         node.fail("only the 3×3 low-pass filter of anti-aliasing may stand behind a pad by reflection")
     op, window = _joined(op, window)
-    return _slid("blur", node, op, window, op.channels)
+    return _slid("blur", node, op, window)
 
 
 def _linear(node: Node, op: Op, constants: dict[str, Array]) -> Op:
     weight = constants["weight"]
     if not op.pooled or weight.ndim != 2 or not weight.size or weight.shape[1] != op.channels:
         node.fail(f"its weight has shape {weight.shape}; it must multiply {op.channels} pooled channels")
-    return _row_op("linear", node, op, len(weight), constants)
+    return op.then("linear", node, channels=len(weight), constants=constants)
 
 
 def _gemm(call: Call) -> Value:
-    node, value, weight = call.node, _row(call.value()), call.constant(1, "weight")
+    node, value, weight = call.node, row(call.value()), call.constant(1, "weight")
     if node.number("alpha", 1.0) != 1 or node.number("beta", 1.0) != 1 or node.integer("transA", 0):
         node.fail("a scaled or transposed classifier cannot be read")
     if value.axes != ROW:
@@ -261,7 +172,7 @@ def _gemm(call: Call) -> Value:
 
 
 def _matmul(call: Call) -> Value:
-    value = _row(call.value())
+    value = row(call.value())
     if value.axes[0] != "N" or value.axes[-1] != "C":
         call.node.fail(f"it multiplies the last of the axes {', '.join(value.axes)}, which must be C")
     return Value(_linear(call.node, value.op, {"weight": call.constant(1, "weight").T}), value.axes)
@@ -273,7 +184,7 @@ def _max_pool(call: Call) -> Value:
     # Behind a ReLU nothing is below zero, so zeros never win and such a pad is a pad by minus infinity.
     if op.kind == "lowpad" or (op.kind == "zeropad" and op.inputs[0].kind == "act"):
         op, window = _joined(op, window)
-    return _slid("maxpool", node, op, window, op.channels)
+    return _slid("maxpool", node, op, window)
 
 
 def _average_pool(call: Call) -> Value:
@@ -282,11 +193,11 @@ def _average_pool(call: Call) -> Value:
     window = replace(window, counts_pads=bool(node.integer("count_include_pad", 0)))
     if op.kind == "zeropad" and not any(window.pads):
         op, window = _joined(op, replace(window, counts_pads=True))
-    return _slid("avgpool", node, op, window, op.channels)
+    return _slid("avgpool", node, op, window)
 
 
 def _global_pool(call: Call) -> Value:
-    return Value(_row_op("pool", call.node, call.map(), call.map().channels), (*ROW, ONE, ONE))
+    return Value(call.map().then("pool", call.node, pooled=True), (*ROW, ONE, ONE))
 
 
 def _reduce_mean(call: Call) -> Value:
@@ -297,7 +208,7 @@ def _reduce_mean(call: Call) -> Value:
         node.fail(f"a mean over axes {axes}; over the map it would be those of H and W")
     kept = (ONE,) if node.integer("keepdims", 1) else ()
     seen = [kept if place in places else (axis,) for place, axis in enumerate(value.axes)]
-    return Value(_row_op("pool", node, value.op, value.op.channels), tuple(axis for part in seen for axis in part))
+    return Value(value.op.then("pool", node, pooled=True), tuple(axis for part in seen for axis in part))
 
 
 def _window(node: Node, kernel: tuple[int, ...], size: tuple[Size, Size]) -> Window:
@@ -343,22 +254,11 @@ def _joined(pad: Op, window: Window) -> tuple[Op, Window]:
     return pad.inputs[0], replace(window, pads=pads)
 
 
-def _slid(
-    kind: Kind, node: Node, op: Op, window: Window, channels: int, constants: dict[str, Array] | None = None
-) -> Value:
+def _slid(kind: Kind, node: Node, op: Op, window: Window, **changes: Any) -> Value:
     size = window.out_size(op.size)
     if any(isinstance(side, int) and side < 1 for side in size):
         node.fail(f"nothing is left of a map of {op.size}")
-    made = Op(
-        kind=kind, node=node, inputs=(op,), channels=channels, size=size, window=window, constants=constants or {}
-    )
-    return Value(made, MAP)
-
-
-def _row_op(kind: Kind, node: Node, op: Op, channels: int, constants: dict[str, Array] | None = None) -> Op:
-    return Op(
-        kind=kind, node=node, inputs=(op,), channels=channels, size=op.size, pooled=True, constants=constants or {}
-    )
+    return Value(op.then(kind, node, size=size, window=window, **changes), MAP)
 
 
 # Factors, terms, activations, gates and the addition of two ways
@@ -384,7 +284,7 @@ def _batch_norm(call: Call) -> Value:
     if value.op.kind == "norm":
         scale = constants["weight"] / np.sqrt(constants["running_var"].astype(np.float64) + eps)
         return _affine(node, value, scale, constants["bias"] - constants["running_mean"] * scale)
-    return Value(_same_shape("norm", node, value.op, constants, eps), value.axes)
+    return replace(value, op=value.op.then("norm", node, constants=constants, eps=eps))
 
 
 def _affine(node: Node, value: Value, scale: Array, shift: Array) -> Value:
@@ -398,22 +298,7 @@ def _affine(node: Node, value: Value, scale: Array, shift: Array) -> Value:
     if op.kind in ("conv", "linear") and (scale == 1).all():
         bias = op.constants.get("bias", np.zeros(op.channels)) + shift
         return replace(value, op=replace(op, constants=op.constants | {"bias": bias}))
-    return replace(value, op=_same_shape("norm", node, op, {"weight": scale, "bias": shift}))
-
-
-def _same_shape(
-    kind: Kind, node: Node, op: Op, constants: dict[str, Array] | None = None, eps: float | None = None
-) -> Op:
-    return Op(
-        kind=kind,
-        node=node,
-        inputs=(op,),
-        channels=op.channels,
-        size=op.size,
-        pooled=op.pooled,
-        constants=constants or {},
-        eps=eps,
-    )
+    return replace(value, op=op.then("norm", node, constants={"weight": scale, "bias": shift}))
 
 
 def _per_channel(call: Call, value: Value, constant: Array) -> Array:
@@ -454,12 +339,12 @@ def _together(node: Node, first: Value, second: Value) -> Value:
     if node.op in ("Add", "Sum"):
         if first.axes != second.axes or ops[0].channels != ops[1].channels or ops[0].pooled:
             node.fail("it adds two values that are not two maps of one shape, as the two ways of a residual block are")
-        return Value(replace(_same_shape("add", node, first.op), inputs=ops), first.axes)
+        return replace(first, op=replace(ops[0].then("add", node), inputs=ops))
     if node.op != "Mul":
         node.fail("it subtracts or divides two values; the two ways of a residual block are added")
     for value, other in ((first, second), (second, first)):
         if other.op.kind == "sigmoid" and other.op.inputs[0] is value.op and value.axes == other.axes:
-            return replace(value, op=_same_shape("silu", node, value.op))
+            return replace(value, op=value.op.then("silu", node))
     if ops[0].pooled == ops[1].pooled:
         node.fail("it multiplies two maps; the two ways of a residual block are added")
     return _gate(node, *((second, first) if ops[0].pooled else (first, second)))
@@ -480,179 +365,18 @@ def _gate(node: Node, value: Value, row: Value) -> Value:
     if op.kind != "pool" or op.inputs[0] is not value.op or name is None or "C" not in row.axes or not aligned:
         node.fail("a gate must be squeeze-and-excitation or ECA of the map that it multiplies")
     weights = tuple(part for part in parts if part.kind in ("linear", "eca"))
-    return replace(value, op=replace(_same_shape("gate", node, value.op), parts=weights))
+    return replace(value, op=value.op.then("gate", node, parts=weights))
 
 
 def _softmax(call: Call) -> Value:
-    value = _row(call.value())
+    value = row(call.value())
     if value.axes[axis_of(call.node.integer("axis", -1), len(value.axes), call.node)] != "C" or not value.op.pooled:
         call.node.fail("a softmax must be over the classes")
-    return replace(value, op=_same_shape("softmax", call.node, value.op))
-
-
-# What moves axes, pads or picks
-
-
-def _row(value: Value) -> Value:
-    """A map that an average over all of it has left with one position, as the row of channels that it is."""
-    op = value.op
-    if op.kind != "avgpool":
-        return value
-    size = op.inputs[0].size
-    if any(isinstance(side, str) for side in size):
-        op.node.fail("a fixed window over a map of any size; export with a fixed picture size, or a global mean")
-    if op.window.kernel != size or any(op.window.pads):
-        op.node.fail(f"a window of {op.window.kernel} on a map of {size}; only a mean over the whole map is known")
-    axes = tuple(ONE if axis in ("H", "W") else axis for axis in value.axes)
-    return Value(_row_op("pool", op.node, op.inputs[0], op.channels), axes)
-
-
-def _as_is(call: Call) -> Value:
-    if call.has(2) and call.constant(2, "mode").any():
-        call.node.fail("a dropout in training mode; export the network in evaluation mode")
-    return call.value()
-
-
-def _cast(call: Call) -> Value:
-    floating = call.node.integer("to", 0) in (1, 10, 11, 16)
-    return call.value() if floating else call.node.fail("a cast to whole numbers; quantised graphs cannot be read")
-
-
-def _cast_like(call: Call) -> Value | Array:
-    """Everything that is computed is floating-point."""
-    value = call.args[0]
-    return value.astype(np.float32) if isinstance(value, np.ndarray) else call.value()
-
-
-def _transpose(call: Call) -> Value:
-    value = call.value()
-    perm = call.node.integers("perm", tuple(reversed(range(len(value.axes)))))
-    if sorted(perm) != list(range(len(value.axes))):
-        call.node.fail(f"its perm {perm} does not fit {len(value.axes)} axes")
-    return replace(value, axes=tuple(value.axes[axis] for axis in perm))
-
-
-def _squeeze(call: Call) -> Value:
-    value = _row(call.value())
-    axes = argument(call.node, call.args, "axes", 1)
-    every = [place for place, axis in enumerate(value.axes) if axis == ONE]
-    places = every if axes is None else [axis_of(axis, len(value.axes), call.node) for axis in axes]
-    if not set(places) <= set(every):
-        call.node.fail(f"it removes axes {axes} of {', '.join(value.axes)}, which are not all of one value")
-    return replace(value, axes=tuple(axis for place, axis in enumerate(value.axes) if place not in places))
-
-
-def _unsqueeze(call: Call) -> Value:
-    value, axes = call.value(), argument(call.node, call.args, "axes", 1) or ()
-    count = len(value.axes) + len(axes)
-    places = {axis_of(axis, count, call.node) for axis in axes}
-    rest = iter(value.axes)
-    if len(places) != len(axes) or count > 8:
-        call.node.fail(f"its axes {axes} do not fit {len(value.axes)} axes")
-    return replace(value, axes=tuple(ONE if place in places else next(rest) for place in range(count)))
-
-
-def _flatten(call: Call) -> Value:
-    value, axis = _row(call.value()), call.node.integer("axis", 1)
-    rest = [label for label in value.axes[1:] if label != ONE]
-    if axis not in (1, 1 - len(value.axes)) or len(rest) != 1:
-        call.node.fail(f"it flattens axes {', '.join(value.axes)}; only a pooled map can be")
-    return replace(value, axes=(value.axes[0], rest[0]))
-
-
-def _reshape(call: Call) -> Value:
-    """A shape that keeps every axis of more than one value, in order; H and W may become one."""
-    value = _row(call.value())
-    wanted = call.constant(1, "shape").reshape(-1).tolist()
-    old, zero = call.sizes(value), call.node.integer("allowzero", 0)
-    wanted = [old[place] if size == 0 and not zero else size for place, size in enumerate(wanted)]
-    area = call.sizes(replace(value, axes=(AREA,)))[0]
-    left = [(axis, size) for axis, size in zip(value.axes, old, strict=True) if axis != ONE]
-    axes: list[str] = []
-    for place, size in enumerate(wanted[:9]):
-        joins = [axis for axis, _ in left[:2]] == ["H", "W"] and len(left) > len(wanted) - place
-        if joins and size in (area, -1):
-            axes, left = [*axes, AREA], left[2:]
-        elif left and size in (left[0][1], -1):
-            axes.append(left.pop(0)[0])
-        else:
-            axes.append(ONE if size in (1, -1) else "")
-    if left or "" in axes or wanted.count(-1) > 1 or len(wanted) > 8:
-        call.node.fail(f"it makes {tuple(wanted)} of axes {', '.join(value.axes)} ({old}), whose order it would change")
-    return replace(value, axes=tuple(axes))
-
-
-def _expand(call: Call) -> Value:
-    """A row repeated over a map, for a product with it."""
-    value, wanted = call.value(), call.constant(1, "shape").reshape(-1).tolist()
-    old = call.sizes(value)
-    fits = len(wanted) == len(old) and all(
-        axis == ONE or want in (size, 1) for axis, size, want in zip(value.axes, old, wanted, strict=True)
-    )
-    if not fits:
-        call.node.fail(f"it makes {tuple(wanted)} of {old}")
-    axes = [WIDE if axis == ONE and want != 1 else axis for axis, want in zip(value.axes, wanted, strict=True)]
-    return replace(value, axes=tuple(axes))
-
-
-def _pad(call: Call) -> Value:
-    node, value = call.node, call.value()
-    pads = argument(node, call.args, "pads", 1) or ()
-    axes = argument(node, call.args, "axes", 3) or tuple(range(len(pads) // 2))
-    if len(pads) != 2 * len(axes) or min(pads, default=0) < 0 or value.op.pooled:
-        node.fail(f"its pads {pads} are none of a map")
-    labels = [value.axes[axis_of(axis, len(value.axes), node)] for axis in axes]
-    before, after = (dict(zip(labels, part, strict=True)) for part in (pads[: len(axes)], pads[len(axes) :]))
-    edges = tuple(side.get(axis, 0) for side in (before, after) for axis in "HW")
-    more = after.get("C", 0)
-    mode = node.text("mode", "constant")
-    fill = float(call.constant(2, "value").reshape(-1)[0]) if call.has(2) else node.number("value", 0.0)
-    if not any(pads):
-        return value
-    if before.get("N", 0) or after.get("N", 0) or before.get("C", 0) or (more and any(edges)):
-        node.fail(f"its pads {pads} are none of a map, nor of channels at the end")
-    if value.op.channels + more > MOST_CHANNELS or (more and (mode, fill) != ("constant", 0.0)):
-        node.fail(f"it adds {more} channels by {mode} {fill}; zeros were expected")
-    kinds: dict[tuple[str, bool, bool], Kind] = {
-        ("constant", True, False): "zeropad",
-        ("constant", False, True): "lowpad",
-        ("reflect", True, False): "reflectpad",
-    }
-    kind = "padchannels" if more else kinds.get((mode, fill == 0, fill <= LOWEST))
-    if kind is None:
-        node.fail(f"it pads by {mode} {fill}; zeros or a reflection were expected")
-    window = Window(pads=edges)
-    made = replace(_same_shape(kind, node, value.op), window=window, channels=value.op.channels + more)
-    return replace(value, op=replace(made, size=window.out_size(value.op.size)))
-
-
-def _slice(call: Call) -> Value:
-    """Every so many-th position of a map (the parameter-free shortcut of He et al. 2015, option A)."""
-    node, value = call.node, call.value()
-    starts, ends = argument(node, call.args, "starts", 1) or (), argument(node, call.args, "ends", 2) or ()
-    axes = argument(node, call.args, "axes", 3) or tuple(range(len(starts)))
-    steps = argument(node, call.args, "steps", 4) or (1,) * len(starts)
-    strides = {"H": 1, "W": 1}
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        place = axis_of(axis, len(value.axes), node)
-        size, label = call.sizes(value)[place], value.axes[place]
-        whole = start == 0 and end >= (size if isinstance(size, int) else 2**31 - 1)
-        if not whole or step < 1 or (label not in strides and step > 1) or value.op.pooled:
-            node.fail("only every so many-th position of a whole map can be picked")
-        strides[label] = step
-    window = Window(strides=(strides["H"], strides["W"]))
-    if window == Window():
-        return value
-    op = value.op
-    if op.kind == "subsample":
-        first, second = op.window.strides, window.strides
-        op, window = op.inputs[0], Window(strides=(first[0] * second[0], first[1] * second[1]))
-    made = replace(_same_shape("subsample", node, op), window=window, size=window.out_size(op.size))
-    return replace(value, op=made)
+    return replace(value, op=value.op.then("softmax", call.node))
 
 
 def _activation(kind: Kind) -> Callable[[Call], Value]:
-    return lambda call: replace(call.value(), op=_same_shape(kind, call.node, call.value().op))
+    return lambda call: replace(call.value(), op=call.value().op.then(kind, call.node))
 
 
 OPERATIONS: dict[str, Callable[[Call], Value | Array]] = {
@@ -673,16 +397,16 @@ OPERATIONS: dict[str, Callable[[Call], Value | Array]] = {
     "Sigmoid": _activation("sigmoid"),
     "Swish": _activation("silu"),
     "Softmax": _softmax,
-    "Identity": _as_is,
-    "Dropout": _as_is,
-    "Cast": _cast,
-    "CastLike": _cast_like,
-    "Transpose": _transpose,
-    "Squeeze": _squeeze,
-    "Unsqueeze": _unsqueeze,
-    "Flatten": _flatten,
-    "Reshape": _reshape,
-    "Expand": _expand,
-    "Pad": _pad,
-    "Slice": _slice,
+    "Identity": as_is,
+    "Dropout": as_is,
+    "Cast": cast,
+    "CastLike": cast_like,
+    "Transpose": transpose,
+    "Squeeze": squeeze,
+    "Unsqueeze": unsqueeze,
+    "Flatten": flatten,
+    "Reshape": reshape,
+    "Expand": expand,
+    "Pad": pad,
+    "Slice": pick,
 }
