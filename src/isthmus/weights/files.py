@@ -33,7 +33,7 @@ WRAPPERS = (
     "model_ema", "state_dict_ema", "ema_state_dict", "ema",
 )  # fmt: skip
 MAX_WRAPPERS = 5  # in one another; a dict can hold itself
-PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.", "net.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.", "encoder.", "net.")
 HEADS = ("fc.", "head.", "classifier.")  # what may stand beside a `backbone.`
 MOMENTUM = "_momentum"  # what Caffe2 keeps beside each of its blobs
 
