@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import json
 import pickle
 import struct
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from isthmus.errors import RunError, WeightsError
 from isthmus.weights import files
+from weight_files import write_shards
 
 TENSORS = {"conv1.weight": torch.randn(4, 3, 3, 3), "fc.bias": torch.randn(5)}
 
@@ -170,6 +173,146 @@ def test_full_disk_while_the_tensors_are_written(tmp_path, monkeypatch):
     with pytest.raises(RunError, match=r"cannot write .*a\.safetensors: .*No space left on device"):
         files.write(tmp_path / "a.safetensors", TENSORS, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    many = {f"key {number}": str(number) for number in range(20)}
+    for suffix in ("safetensors", "pth", "pkl"):
+        for name, metadata in (("a", many), ("b", dict(reversed(many.items())))):
+            files.write(tmp_path / f"{name}.{suffix}", TENSORS, metadata)
+        assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_safetensors_as_the_library_reads_them(tmp_path):
+    dtypes = (torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.float64, torch.complex64)
+    tensors = {f"größe {dtype}": torch.arange(7).to(dtype) for dtype in dtypes} | {"none": torch.ones(0, 3)}
+    files.write(tmp_path / "a.safetensors", tensors, {"format": "pt"})
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    for found in (load_file(tmp_path / "a.safetensors"), files.read(tmp_path / "a.safetensors").tensors):
+        assert set(found) == set(tensors)
+        assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+        assert all(found[name].dtype == tensor.dtype for name, tensor in tensors.items())
+
+
+def test_every_suffix_that_is_written_is_read(tmp_path):
+    for name in ("a.safetensors", "a.pth", "a.pt", "a.pkl", "a"):
+        files.write(tmp_path / name, TENSORS, {})
+        assert equal(files.read(tmp_path / name).tensors, TENSORS)
+    theirs = torch.load(tmp_path / "a.pth", weights_only=True)
+    assert equal(theirs, TENSORS)
+    arrays = pickle.loads((tmp_path / "a.pkl").read_bytes())
+    assert set(arrays) == {"model", "__author__", "matching_heuristics"}
+    assert all(torch.equal(torch.from_numpy(arrays["model"][name]), TENSORS[name]) for name in TENSORS)
+    assert b"_core" not in (tmp_path / "a.pkl").read_bytes(), "a name of NumPy 2 alone"
+    with pytest.raises(WeightsError, match=r"must end in \.safetensors, \.pth, \.pt, \.pkl, \.h5"):
+        files.write(tmp_path / "a.onnx", TENSORS, {})
+
+
+def test_a_view_is_saved_without_the_rest_of_its_storage(tmp_path):
+    files.write(tmp_path / "a.pth", {"a": torch.zeros(1_000_000)[:10]}, {})
+    assert (tmp_path / "a.pth").stat().st_size < 10_000
+
+
+def test_tensors_are_their_own_when_the_file_is_gone(tmp_path):
+    for name in ("a.safetensors", "a.pth"):
+        files.write(tmp_path / name, TENSORS, {})
+        found = files.read(tmp_path / name).tensors
+        with (tmp_path / name).open("r+b") as file:  # in its place, which a mapping of the file would show
+            file.write(bytes((tmp_path / name).stat().st_size))
+            file.truncate(1)
+        assert equal(found, TENSORS)
+        found["fc.bias"].fill_(1)
+
+
+def test_shards(tmp_path):
+    index = write_shards(tmp_path, TENSORS)
+    for path in (index, tmp_path):
+        found = files.read(path)
+        assert equal(found.tensors, TENSORS)
+        assert (found.format, found.metadata) == ("safetensors", {"format": "pt"})
+    shards = [path for path in tmp_path.iterdir() if path != index]
+    seen = files.headers(index)
+    assert seen.bytes == sum(path.stat().st_size for path in shards)
+    assert seen.entries["conv1.weight"] == ((4, 3, 3, 3), "float32")
+
+
+def test_shards_of_torch(tmp_path):
+    torch.save({"conv1.weight": TENSORS["conv1.weight"]}, tmp_path / "one.bin")
+    torch.save({"fc.bias": TENSORS["fc.bias"]}, tmp_path / "two.bin")
+    places = {"conv1.weight": "one.bin", "fc.bias": "two.bin"}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    assert equal(files.read(tmp_path).tensors, TENSORS)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda places: places | {"extra": places["fc.bias"]}, r"names 'extra' in .*, which lacks it"),
+        (
+            lambda places: {"fc.bias": places["fc.bias"]} | {"conv1.weight": places["fc.bias"]},
+            "index and shards",
+        ),
+        (
+            lambda places: places | {"fc.bias": "../b.safetensors"},
+            r"refers to '\.\./b\.safetensors', which is no weight file",
+        ),
+        (lambda places: places | {"fc.bias": "/etc/passwd"}, "which is no weight file beside it"),
+        (lambda places: places | {"fc.bias": "sub\\b.safetensors"}, "which is no weight file beside it"),
+        (lambda places: places | {"fc.bias": ".."}, "which is no weight file beside it"),
+        (lambda places: places | {"fc.bias": "c:b.safetensors"}, "which is no weight file beside it"),
+        (lambda places: places | {"fc.bias": "missing.safetensors"}, r"cannot read .*missing\.safetensors"),
+        (lambda places: places | {"fc.bias": "model.safetensors.index.json"}, "which is no weight file"),
+        (lambda places: places | {"fc.bias": 3}, "without a weight_map of names and files"),
+        (lambda _: [], "without a weight_map"),
+        (lambda _: {}, "without shards"),
+    ],
+)
+def test_indexes_that_fit_no_shards(tmp_path, change, reason):
+    index = write_shards(tmp_path, TENSORS)
+    content = json.loads(index.read_text())
+    index.write_text(json.dumps(content | {"weight_map": change(content["weight_map"])}))
+    with pytest.raises(WeightsError, match=reason):
+        files.read(index)
+
+
+def test_a_tensor_that_the_index_does_not_name(tmp_path):
+    index = write_shards(tmp_path, TENSORS | {"extra": torch.ones(1)})
+    content = json.loads(index.read_text())
+    del content["weight_map"]["extra"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(WeightsError, match=r"does not name 'extra' of .*model-00001"):
+        files.read(index)
+
+
+def test_headers_say_what_read_returns(tmp_path):
+    torch.save({"state_dict": {"module." + name: one for name, one in TENSORS.items()}, "epoch": 3}, tmp_path / "a.pth")
+    found, seen = files.read(tmp_path / "a.pth"), files.headers(tmp_path / "a.pth")
+    assert seen.entries == {name: (tuple(one.shape), "float32") for name, one in TENSORS.items()}
+    assert (seen.notes, seen.format, seen.metadata) == (found.notes, found.format, found.metadata)
+
+
+def test_headers_do_not_read_the_tensors(tmp_path):
+    for name in ("a.safetensors", "a.pth"):
+        files.write(tmp_path / name, {"a": torch.zeros(1 << 24)}, {})
+        before = Path("/proc/self/io").read_text() if Path("/proc/self/io").exists() else "rchar: 0"
+        files.headers(tmp_path / name)
+        after = Path("/proc/self/io").read_text() if Path("/proc/self/io").exists() else "rchar: 0"
+        read = [int(text.split("rchar: ")[1].split()[0]) for text in (before, after)]
+        assert read[1] - read[0] < 1 << 20
+
+
+def test_an_average_beside_a_tensor_of_its_own(tmp_path):
+    """A loss beside the state dict is no state dict, and a configuration under `model` is no network."""
+    torch.save({"state_dict": TENSORS, "loss": torch.tensor(0.5), "model": {"name": "resnet50"}}, tmp_path / "a.pth")
+    found = files.read(tmp_path / "a.pth")
+    assert equal(found.tensors, TENSORS)
+    assert found.notes == ("tensors taken from 'state_dict'",)
+
+
+def test_a_prefix_that_would_make_two_names_one_stays():
+    both = {"backbone.fc.weight": torch.ones(1), "fc.weight": torch.zeros(1)}
+    assert files.unwrap(both, "it") == (both, ())
 
 
 def test_any_memory_format_is_written(tmp_path):

@@ -33,6 +33,7 @@ SIZED = {
 """Opcodes with a length before their content: the length's format, and what the content is."""
 
 OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+NO_BYTES = Span(Path(), 0, 0)
 PLAIN = {"INT", "BININT", "BININT1", "BININT2", "LONG", "FLOAT", "BINFLOAT", "STRING", "UNICODE"}
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
@@ -414,7 +415,7 @@ def _array(content: Any, dtype: Any, shape: Any, *, fortran: bool) -> Stored | N
     if not isinstance(dtype, Dtype) or dtype.torch is None:
         return None
     if dtype.order == ">" and dtype.torch.itemsize > 1:
-        raise ForeignError("numpy array of big-endian numbers", "store it in the byte order of this machine")
+        raise ForeignError("numpy", "an array of big-endian numbers; call byteswap() and newbyteorder()")
     span = content.span if isinstance(content, Text) else content
     if not isinstance(span, Span):
         raise TypeError("an array without its bytes")
@@ -440,7 +441,7 @@ def _array_of_buffer(content: Any, dtype: Any, shape: Any, order: Any = "C") -> 
 def _bytes(text: Any = None, encoding: Any = "latin-1") -> Any:
     """_codecs.encode, which is how protocol 2 writes bytes, and bytes and bytearray themselves."""
     if text is None:
-        return b""
+        return NO_BYTES
     if str(encoding).lower().replace("-", "") not in ("latin1", "iso88591"):
         raise ValueError("bytes in another encoding than latin-1")
     return text.span if isinstance(text, Text) else text

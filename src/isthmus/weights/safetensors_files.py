@@ -55,10 +55,11 @@ def read_index(path: Path) -> dict[str, Path]:
     if not isinstance(shards, dict) or not all(isinstance(shard, str) for shard in shards.values()):
         raise ValueError("an index without a weight_map of names and files")
     for shard in set(shards.values()):
-        if not shard.strip(".") or PurePosixPath(shard).name != shard or PureWindowsPath(shard).name != shard:
+        plain = PurePosixPath(shard).name == shard == PureWindowsPath(shard).name
+        if not plain or not shard.strip(".") or shard.endswith(".json"):
             raise WeightsError(
-                f"{path} refers to {shard[:80]!r}, which is no file beside it; an index may name files of its own "
-                f"folder only. Download the folder again from a source that you trust"
+                f"{path} refers to {shard[:80]!r}, which is no weight file beside it; an index may name those of its "
+                f"own folder only. Download the folder again from a source that you trust"
             )
     return {name: path.parent / shard for name, shard in shards.items()}
 

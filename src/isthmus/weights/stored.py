@@ -11,7 +11,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_DIMS", "Span", "Stored", "read_all"]
+__all__ = ["MAX_DIMS", "Span", "Stored", "check_apart", "read_all"]
 
 MAX_DIMS = 32
 PIECE = 1 << 20  # bytes of text that are decoded at once
@@ -66,7 +66,7 @@ def read_all(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     bytes are missing or tensors overlap.
     """
     spans = {one.span for one in stored.values() if one.numel}
-    _check_apart(spans)
+    check_apart(spans)
     held = {}
     for path in {span.path for span in spans}:
         with path.open("rb", buffering=0) as file:
@@ -74,11 +74,11 @@ def read_all(stored: Mapping[str, Stored]) -> dict[str, Tensor]:
     return {name: _tensor(one, held) for name, one in stored.items()}
 
 
-def _check_apart(spans: Iterable[Span]) -> None:
-    """Overlapping tensors would need more memory than the file has bytes."""
+def check_apart(spans: Iterable[Span]) -> None:
+    """Raises ValueError when two spans overlap: read apart, they would take more memory than the file has bytes."""
     for one, other in pairwise(sorted(spans, key=lambda span: (span.path, span.start, span.length))):
         if one.path == other.path and one.start + one.length > other.start:
-            raise ValueError(f"two tensors share the bytes from {other.start} on")
+            raise ValueError(f"two contents share the bytes from {other.start} on")
 
 
 def _read(file: BinaryIO, span: Span) -> Tensor:

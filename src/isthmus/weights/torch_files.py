@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from isthmus.weights.pickles import Budget, Storage, StorageType, load
-from isthmus.weights.stored import Span, Stored
+from isthmus.weights.pickles import Budget, ForeignError, Storage, StorageType, load
+from isthmus.weights.stored import Span, Stored, check_apart
 
 __all__ = ["archive_members", "is_tar", "read_pickle", "read_tar", "read_zip"]
 
@@ -20,12 +20,15 @@ LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, and the 
 def archive_members(file: BinaryIO, path: Path) -> dict[str, Span]:
     """The members of a zip archive by name; they must be stored as they are, which torch and Keras do.
 
-    Raises ValueError for members that are compressed, encrypted, twice there or reach beyond the file.
+    Raises ValueError for members that are compressed, encrypted, twice there, over one another or beyond the file, and
+    ForeignError for a program.
     """
     size = path.stat().st_size
     members: dict[str, Span] = {}
     with zipfile.ZipFile(file) as archive:
         infos = archive.infolist()
+    if any(info.filename.endswith("/constants.pkl") for info in infos):
+        raise ForeignError("TorchScript", "a TorchScript program; load it where you trust it, take its state_dict()")
     for info in infos:
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
             raise ValueError(f"the member {info.filename[:80]!r} is compressed or encrypted")
@@ -37,6 +40,7 @@ def archive_members(file: BinaryIO, path: Path) -> dict[str, Span]:
         if signature != b"PK\3\4" or start + info.file_size > size:
             raise ValueError(f"the member {info.filename[:80]!r} is not where the archive says")
         members[info.filename] = Span(path, start, info.file_size)
+    check_apart(members.values())
     return members
 
 
