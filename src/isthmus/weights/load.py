@@ -236,10 +236,16 @@ def _own(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[st
 
 def _described(net: ResNet, source: Source, fitted: Fitted) -> LoadReport:
     """Give the network the preprocessing and the classes of its weights; the report, with notes where it cannot."""
-    if (known := preprocess_of(source, net.spec)) is not None:
-        record = adapt.adapt_preprocess(known, net.spec.in_channels)
+    spec = net.spec
+    if (known := preprocess_of(source, spec)) is not None:
+        record = adapt.adapt_preprocess(known, spec.in_channels)
         if record is None:
-            note = f"no preprocessing is known for {net.spec.in_channels} channels: feed normalised tensors"
+            note = f"no preprocessing is known for {spec.in_channels} channels: feed normalised tensors"
+            fitted = _noted(fitted, note)
+        elif spec.dims != (source.spec.dims if source.spec else 2):
+            note = (
+                f"its preprocessing is of pictures: of {spec.dims}D inputs, scale and normalise the values as it does"
+            )
             fitted = _noted(fitted, note)
         net.preprocess = record or known
     net.classes = fitted.classes
