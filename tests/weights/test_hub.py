@@ -282,6 +282,20 @@ def test_a_hub_that_is_not_reached(web, monkeypatch):
         hub.fetch("hf:me/net")
 
 
+def test_a_transport_that_breaks(web, monkeypatch):
+    class TransportError(Exception):
+        """As that of httpx: neither of the hub's nor of the operating system's."""
+
+    def broken(*_, **__):
+        raise TransportError("peer closed connection\nwithout a word")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", broken)
+    with pytest.raises(
+        WeightsError, match=r"config.json of hf:me/net cannot be had: peer closed connection; try again"
+    ):
+        hub.fetch("hf:me/net")
+
+
 def test_a_damaged_file_in_the_hubs_cache(web):
     web.publish("me/net", {"model.safetensors": CONTENT})
     path = hub.fetch("hf:me/net")

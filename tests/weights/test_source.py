@@ -8,7 +8,14 @@ import pytest
 import timm
 import torch
 from timm.models._hub import save_for_hf
-from transformers import ConvNextImageProcessor, ResNetConfig, ResNetForImageClassification
+from transformers import (
+    ConvNextImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    TimmWrapperImageProcessor,
+)
 
 from isthmus.arch.preprocess import IMAGENET
 from isthmus.arch.variants import variant
@@ -150,6 +157,18 @@ def test_transformers_weights_on_the_hub_in_parts(web, tmp_path):
         assert relative_error(net.double()(picture(1, 3, 65, 65)), wanted) <= 1e-8
     assert net.classes == ("ok", "broken")
     assert (net.preprocess.resize, net.preprocess.crop, net.preprocess.interpolation) == (73, 64, "bilinear")
+
+
+def test_a_network_of_timm_inside_transformers(theirs, tmp_path):
+    cfg = timm.models.get_pretrained_cfg("test_resnet.r160_in1k").to_dict()
+    config = TimmWrapperConfig(architecture="test_resnet", num_labels=1000, pretrained_cfg=cfg)
+    wrapper = TimmWrapperForImageClassification(config)
+    wrapper.timm_model.load_state_dict(theirs.state_dict())
+    wrapper.save_pretrained(tmp_path)
+    TimmWrapperImageProcessor(cfg).save_pretrained(tmp_path)
+    net = load(tmp_path)
+    assert_computes_as(net, theirs)
+    assert net.preprocess == catalog.CATALOG["hf:timm/test_resnet.r160_in1k"].preprocess
 
 
 def test_a_file_of_a_repository_is_described_by_its_config(web, theirs, tmp_path):

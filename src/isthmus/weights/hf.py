@@ -73,6 +73,11 @@ def _from_transformers(config: Mapping[str, Any]) -> Described:
     return Described(spec=replace(spec, name=name_of(spec)), classes=own)
 
 
+def _own(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Names of classes, none where they are those that transformers makes up."""
+    return () if all(name == f"LABEL_{index}" for index, name in enumerate(names)) else names
+
+
 def _id2label(config: Mapping[str, Any]) -> tuple[str, ...]:
     """Names of the classes in their order; LABEL_0, … where there are none."""
     given = config.get("id2label")
@@ -247,7 +252,7 @@ def _label_names(given: Any, count: int, tag: str) -> tuple[str, ...]:
     """Names of the classes: as given, or ImageNet's where timm's tag says that the weights end there."""
     if given:
         values = given.values() if isinstance(given, Mapping) else given
-        return tuple(map(str, values)) if len(given) == count else ()
+        return _own(tuple(map(str, values))) if len(given) == count else ()
     return IMAGENET_CLASSES if count == 1000 and "in1k" in tag else ()
 
 

@@ -272,7 +272,7 @@ def _hub_file(repo: str, name: str, revision: str | None) -> Path | None:
         raise WeightsError(f"hf:{repo} has no revision {revision!r}; name a branch, a tag or a commit of it") from error
     except errors.HFValidationError as error:
         raise WeightsError(f"{what} cannot be a repository: {error}") from error
-    except (errors.HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the client lets errors of its own transport through: httpx, requests, xet
         raise WeightsError(f"{name} of {what} cannot be had: {_reason(error)}; try again") from error
     _check_blob(path)
     return path

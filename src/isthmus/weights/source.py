@@ -192,7 +192,7 @@ def _described(source: Source, config: Mapping[str, Any], preprocessor: Mapping[
         said = hf.from_config(config)
         if said is None:
             return replace(source, notes=(*source.notes, "the config.json beside it is of no ResNet and was not used"))
-        preprocess = said.preprocess if preprocessor is None else hf.from_preprocessor(preprocessor)
+        preprocess = said.preprocess or (hf.from_preprocessor(preprocessor) if preprocessor else None)
     except WeightsError as error:
         raise WeightsError(f"{source.name}: {error}") from error
     notes = () if preprocess else ("its preprocessing is in no file beside it: set net.preprocess",)
