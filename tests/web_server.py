@@ -1,6 +1,8 @@
 """A web server on this machine for tests of downloads: whole files and ranges, broken connections, a model hub."""
 
+import base64
 import hashlib
+import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -49,6 +51,31 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.answer(body=True)
+
+    def do_POST(self) -> None:
+        """Uploads, as the hub takes them: make a repository, check a card, ask how to send each file, send them all."""
+        web, path = self.server.web, urlsplit(self.path).path
+        sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        web.asked.append(("POST", path, ""))
+        if error := next((error for start, error in web.errors.items() if path.startswith(start)), None):
+            self.head(error[0], {"X-Error-Code": error[1], "Content-Length": "0"})
+            return
+        reply: dict[str, object] = {}
+        if path == "/api/repos/create":
+            asked = json.loads(sent)
+            reply = {"url": f"{web.address}/{asked['organization']}/{asked['name']}"}
+        elif "/preupload/" in path:
+            names = [file["path"] for file in json.loads(sent)["files"]]
+            reply = {"files": [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in names]}
+        elif "/commit/" in path:
+            repo = path.removeprefix("/api/models/").partition("/commit/")[0]
+            lines = [json.loads(line) for line in sent.splitlines()]
+            files = [line["value"] for line in lines if line["key"] == "file"]
+            web.publish(repo, {file["path"]: base64.b64decode(file["content"]) for file in files})
+            reply = {"commitUrl": f"{web.address}/{repo}/commit/{COMMIT}", "commitOid": COMMIT}
+        content = json.dumps(reply).encode()
+        self.head(200, {"Content-Type": "application/json", "Content-Length": str(len(content))})
+        self.wfile.write(content)
 
     def answer(self, *, body: bool) -> None:
         web, path = self.server.web, urlsplit(self.path).path

@@ -281,7 +281,11 @@ class _ArrayPickler(pickle.Pickler):
 
     def reducer_override(self, one: Any) -> Any:
         """An array as a call with shape, type and bytes."""
-        return (np.ndarray, (one.shape, one.dtype, bytearray(one))) if isinstance(one, np.ndarray) else NotImplemented
+        return (
+            (np.ndarray, (one.shape, one.dtype, bytearray(one.tobytes())))
+            if isinstance(one, np.ndarray)
+            else NotImplemented
+        )
 
 
 WRITERS: dict[str, Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None]] = {
