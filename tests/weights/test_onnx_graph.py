@@ -21,12 +21,20 @@ from isthmus.nn.network import ResNet
 from isthmus.weights import catalog
 from isthmus.weights.load import load
 from isthmus.weights.onnx_graph import read_onnx
-from onnx_writer import write_graph
+from isthmus.weights.onnx_parity import onnx_parity
+from onnx_writer import Style, write_graph
 from oracles import randomise
 
 BOTTLENECKS = (StageSpec(depth=2, mid=4, out=16), StageSpec(depth=3, mid=8, out=32, stride=2))
 BASIC = (StageSpec(depth=2, mid=8, out=8, block="basic"), StageSpec(depth=1, mid=16, out=16, block="basic", stride=2))
+PREACT = tuple(replace(stage, block="preact_bottleneck") for stage in BOTTLENECKS)
 PLAIN = NetSpec(stages=BOTTLENECKS, stem=StemSpec(widths=(8,)), num_classes=5)
+KERAS_V2 = replace(
+    PLAIN,
+    stages=(replace(PREACT[0], stride=2, stride_block="last"), replace(PREACT[1], stride=1)),
+    shortcut="maxpool",
+    stem=StemSpec(widths=(8,), pool="max_zero", bias=True),
+)
 SPECS = {
     "plain": PLAIN,
     "folded": replace(PLAIN, norm="none"),
@@ -40,8 +48,33 @@ SPECS = {
     "conv3": replace(PLAIN, shortcut="conv3"),
     "small pictures": replace(PLAIN, stem=StemSpec(widths=(8,), kernel=3, stride=1, pool="none")),
     "dilated": replace(PLAIN, stages=(*BOTTLENECKS, replace(BOTTLENECKS[1], mid=16, out=64))).with_output_stride(8),
+    "dilated, average": replace(
+        PLAIN, shortcut="avg", stages=(*BOTTLENECKS, replace(BOTTLENECKS[1], mid=16, out=64))
+    ).with_output_stride(8),
     "dilated basic": replace(PLAIN, stages=(*BASIC, replace(BASIC[1], depth=2, mid=32, out=32))).with_output_stride(8),
     "grey, features": replace(PLAIN, in_channels=1, num_classes=0),
+    "silu": replace(PLAIN, activation="silu"),
+    "SE": replace(PLAIN, attention="se"),
+    "SE of a quarter, as in RS": replace(
+        PLAIN,
+        attention="se",
+        attention_ratio=0.25,
+        shortcut="avg",
+        stages=tuple(replace(stage, mid=16, out=64 * number) for number, stage in enumerate(BOTTLENECKS, 1)),
+        stem=StemSpec(widths=(4, 4, 8), kernel=3, pool="conv"),
+    ),
+    "ECA": replace(PLAIN, attention="eca"),
+    "average pools against aliasing": replace(PLAIN, anti_alias="avg"),
+    "blur": replace(PLAIN, anti_alias="blur"),
+    "pre-activation": replace(PLAIN, stages=PREACT),
+    "pre-activation, deep, average": replace(
+        PLAIN, stages=PREACT, shortcut="avg", stem=StemSpec(widths=(4, 4, 8), kernel=3)
+    ),
+    "pre-activation of small pictures": replace(
+        PLAIN, stages=PREACT, stem=StemSpec(widths=(8,), kernel=3, stride=1, pool="none")
+    ),
+    "pre-activation, SE": replace(PLAIN, stages=PREACT, attention="se"),
+    "Keras V2": KERAS_V2,
 }
 
 
@@ -73,7 +106,39 @@ def test_what_was_written_comes_back(tmp_path, name):
     assert relative(load(path)(x), run(path, x).flatten(1)) < 1e-4
 
 
-@pytest.mark.parametrize("pool", ["global", "window", "mean", "mean_last"])
+STYLES = {
+    "factors": Style(norm="factor"),
+    "statistics": Style(norm="statistics"),
+    "biases beside norms": Style(biased=True),
+    "biases beside factors": Style(biased=True, norm="factor"),
+    "pads as nodes": Style(pads="node"),
+    "automatic pads": Style(pads="same"),
+    "maps with channels last": Style(maps="last"),
+    "factors on channels last, pads as nodes": Style(maps="last", norm="statistics", pads="node", biased=True),
+    "sums": Style(addition="Sum"),
+}
+
+
+@pytest.mark.parametrize("name", ["plain", "pre-activation", "Keras V2", "SE", "ECA", "blur"])
+@pytest.mark.parametrize("style", STYLES)
+def test_every_spelling_of_a_network(tmp_path, name, style):
+    net = network(SPECS[name])
+    path = write_graph(tmp_path / "a.onnx", net, style=STYLES[style])
+    found = read_onnx(path)
+    assert found.spec == replace(SPECS[name], name="a")
+    assert any("factor and a term" in note for note in found.notes) == (STYLES[style].norm != "node")
+    assert onnx_parity(path, load(path)) < 1e-5
+
+
+@pytest.mark.parametrize("maps", ["first", "last"])
+def test_gates_of_linear_layers(tmp_path, maps):
+    net = network(SPECS["SE"])
+    path = write_graph(tmp_path / "a.onnx", net, style=Style(gate="matmul", maps=maps))
+    assert torch.equal(read_onnx(path).tensors["layer2.0.se.fc1.weight"], net.state_dict()["layer2.0.se.fc1.weight"])
+    assert onnx_parity(path, load(path)) < 1e-5
+
+
+@pytest.mark.parametrize("pool", ["global", "window", "mean", "mean_last", "mean_flat"])
 @pytest.mark.parametrize("classifier", ["gemm", "gemm_plain", "matmul"])
 def test_heads(tmp_path, pool, classifier):
     net = network(PLAIN)
