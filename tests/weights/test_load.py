@@ -10,6 +10,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.arch.plan import plan
 from isthmus.arch.preprocess import IMAGENET, Preprocess
@@ -17,7 +18,9 @@ from isthmus.arch.spec import HeadSpec, NetSpec, StageSpec, StemSpec
 from isthmus.arch.variants import variant
 from isthmus.errors import RunError, SpecError, WeightsError
 from isthmus.nn.network import ResNet
+from isthmus.weights.adapt import adapt_preprocess
 from isthmus.weights.files import headers, write
+from isthmus.weights.layouts import LAYOUTS, from_native
 from isthmus.weights.load import create, load, load_weights, read_network
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import SCHEMA
@@ -193,6 +196,45 @@ def test_candidates_of_a_foreign_layout_and_of_no_network(tmp_path):
         load(tmp_path / "a.pth")
 
 
+def test_a_bare_state_dict_and_what_it_is_for(tmp_path):
+    theirs = timm.create_model("resnet10t", num_classes=7, in_chans=1)
+    torch.save(theirs.state_dict(), tmp_path / "a.pth")
+    net, report = read_network(tmp_path / "a.pth", arch="resnet10t")
+    assert (net.spec.num_classes, net.spec.in_channels, net.training) == (7, 1, False)
+    x = torch.randn(1, 1, 33, 33)
+    torch.testing.assert_close(net(x), theirs.eval()(x))
+    assert "activation relu" in report.assumed
+    assert load(tmp_path / "a.pth", arch=variant("resnet10t"), num_classes=2, dims=1).fc.out_features == 2
+    torch.save({name: item for name, item in theirs.state_dict().items() if "fc" not in name}, tmp_path / "b.pth")
+    assert load(tmp_path / "b.pth", arch="resnet10t").spec.num_classes == 0
+    with pytest.raises(WeightsError, match=r"does not fit resnet18: .*they fit resnet10t"):
+        load(tmp_path / "a.pth", arch="resnet18")
+
+
+def test_a_network_that_its_layout_decides(tmp_path):
+    """Keras has one network of these names and shapes; its stride place, epsilon and preprocessing never vary."""
+    spec = replace(variant("resnet50_keras"), num_classes=5, in_channels=1)
+    with torch.device("meta"):
+        shapes = ResNet(plan(spec)).state_dict()
+    tensors = {name: torch.rand(item.shape).half() for name, item in shapes.items() if item.is_floating_point()}
+    write(tmp_path / "a.safetensors", from_native(tensors, "keras", spec).tensors, {})
+    net, report = read_network(tmp_path / "a.safetensors")
+    assert net.spec == spec
+    assert torch.equal(net.layer3[0].conv2.weight, tensors["layer3.0.conv2.weight"].float())
+    assert any("resnet50_keras, as layout keras has one network" in note for note in report.notes)
+    assert report.assumed == ()
+    assert net.preprocess == adapt_preprocess(LAYOUTS["keras"].preprocess, 1)
+    report = load_weights(create(spec), tmp_path / "a.safetensors")
+    assert report.assumed == ()
+
+
+def test_what_a_layout_says_is_not_assumed(tmp_path):
+    net = network(replace(TINY, stages=tuple(replace(stage, out=4 * stage.mid) for stage in TINY.stages)))
+    write(tmp_path / "a.safetensors", from_native(net.state_dict(), "transformers", net.spec).tensors, {})
+    report = load_weights(network(net.spec, 1), tmp_path / "a.safetensors")
+    assert report.assumed == ("stride on the 3×3", "preprocessing")
+
+
 def test_what_keys_cannot_say_is_assumed_and_said(tmp_path):
     torch.save(network().state_dict(), tmp_path / "a.pth")
     report = load_weights(network(replace(TINY, stride_at="conv1"), 1), tmp_path / "a.pth")
@@ -278,6 +320,19 @@ def test_many_faults_are_counted_and_the_right_network_is_named(tmp_path):
 def test_tensors_that_the_caller_names_are_ignored(tmp_path):
     torch.save(spoil(lambda t: t.update({"aux.weight": torch.ones(1)})), tmp_path / "a.pth")
     assert load_weights(network(), tmp_path / "a.pth", ignore=("aux.",)).dropped == ("aux.weight",)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"head": "fresh"}, "head is 'fresh'; known: 'keep', 'adapt', 'new'"),
+        ({"adapt_dims": "center"}, "adapt_dims is 'center'; known: None, 'mean', 'centre'"),
+    ],
+)
+def test_unknown_exceptions(saved, options, reason):
+    _, path = saved
+    with pytest.raises(WeightsError, match=reason):
+        load_weights(network(), path, **options)
 
 
 def test_unknown_references():
@@ -470,6 +525,53 @@ def test_adopting_one_of_ours():
     assert same(state(net), state(theirs))
     assert (net.preprocess, net.classes) == (theirs.preprocess, theirs.classes)
     refused(network(replace(TINY, stride_at="conv1")), theirs, "stride_at")
+
+
+class Allocated(TorchDispatchMode):
+    """The storages that operations bring into being, by address; they are kept, so that none is used again."""
+
+    def __init__(self):
+        super().__init__()
+        self.storages = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(item, torch.Tensor) and item.device.type == "cpu":
+                self.storages[item.untyped_storage().data_ptr()] = item.untyped_storage()
+        return result
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_no_tensor_of_a_file_is_held_twice(tmp_path, into):
+    net = create("resnet18")
+    save_weights(net, tmp_path / "a.safetensors")
+    size = sum(tensor.nbytes for tensor in net.state_dict().values())
+    own = {tensor.untyped_storage().data_ptr() for tensor in net.state_dict().values()}
+    with Allocated() as allocated:
+        load_weights(net, tmp_path / "a.safetensors") if into else load(tmp_path / "a.safetensors")
+    found = sum(storage.nbytes() for address, storage in allocated.storages.items() if address not in own)
+    assert size <= found <= 1.02 * size
+
+
+def test_what_weights_bring_is_not_drawn(saved):
+    _, path = saved
+    before = torch.get_rng_state()
+    create(TINY, weights=path)
+    assert torch.equal(torch.get_rng_state(), before)
+    create(TINY, weights=path, num_classes=2)
+    assert not torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_share_no_memory(tmp_path):
+    tensors = state(network())
+    tensors["bn1.bias"] = tensors["bn1.weight"]
+    torch.save(tensors, tmp_path / "a.pth")
+    theirs = network()
+    for net in (create(TINY, weights=tmp_path / "a.pth"), create(TINY, weights=theirs)):
+        pointers = [tensor.data_ptr() for tensor in (*net.state_dict().values(), *theirs.state_dict().values())]
+        assert len(set(pointers)) == len(pointers)
+        assert net.training
 
 
 def test_loading_keeps_the_parameters_that_an_optimiser_holds(saved):

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mode
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -80,6 +80,8 @@ def fit_tensors(
     ignore: tuple[str, ...] = (),
 ) -> Fitted:
     """The tensors of `source` as `net` wants them; raises WeightsError unless everything fits or is asked for."""
+    _check_option("head", head, get_args(Head))
+    _check_option("adapt_dims", adapt_dims, (None, *get_args(adapt.Inflate)))
     spec, wanted = net.spec, net.state_dict()
     notes = [*source.notes, *_compared(source, spec)]
     ready, said = layouts.to_native(source.tensors, layout_of(source), spec)
@@ -136,6 +138,11 @@ def layout_of(source: Source) -> str:
 def preprocess_of(source: Source, spec: NetSpec) -> Preprocess | None:
     """The preprocessing of a source's weights: its own, or that of all weights of its layout; None if unknown."""
     return source.preprocess or layouts.preprocess_of(layout_of(source), spec)
+
+
+def _check_option(name: str, value: object, known: tuple[object, ...]) -> None:
+    if value not in known:
+        raise WeightsError(f"{name} is {value!r}; known: {', '.join(map(repr, known))}")
 
 
 def _chosen(

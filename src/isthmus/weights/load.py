@@ -175,9 +175,9 @@ def _decided(source: Source) -> tuple[Source, NetSpec]:
     fits = (
         f"its names and shapes fit {listed(names, 6)}" if names else "no network of the table has its names and shapes"
     )
-    arch = names[0] if names else "your_spec.toml"
+    arch = repr(names[0]) if names else "your_spec"
     raise WeightsError(
-        f"{source.name} does not say which network it is for; {fits}. Say it: load({source.name!r}, arch={arch!r})"
+        f"{source.name} does not say which network it is for; {fits}. Say it: load({source.name!r}, arch={arch})"
     )
 
 
