@@ -58,7 +58,7 @@ def logits(output):
     return output if isinstance(output, torch.Tensor) else getattr(output, "logits", None)
 
 
-def assert_the_same_function(theirs, layout, spec, size=65):
+def assert_the_same_function(theirs, layout, spec, size=33):
     """Theirs, random, to ours; then ours, random, to theirs."""
     x = picture(1, spec.in_channels, size, size)
     randomise(theirs, seed_of(spec.name))
@@ -107,37 +107,29 @@ def test_torchvision(name):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "resnet18d",
-        "resnet26t",
-        "resnext50d_32x4d",
-        "seresnet50",
-        "ecaresnet50t",
-        "resnetaa50d",
-        "resnetrs50",
-        "senet154",
-    ],
+    ["resnet18d", "resnet26t", "resnext50d_32x4d", "seresnet50", "ecaresnet50t", "resnetaa50d", "resnetrs50"],
 )
 def test_timm(name):
     spec, options = trimmed(variant(name))
     assert_the_same_function(timm_net(name, **options), "timm", spec)
 
 
-@pytest.mark.parametrize("name", TIMM_RESNETV2)
+@pytest.mark.parametrize("name", ["resnetv2_50", "resnetv2_50d", "resnetv2_50t"])  # of 101 layers they only repeat
 def test_timm_resnetv2(name):
     spec, options = trimmed(variant(name))
     assert_the_same_function(timm_net(name, **options), "timm_resnetv2", spec)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet50_v1", "resnet101_v1"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet50_v1"])
 def test_transformers(name):
     spec, _ = trimmed(variant(name))
     assert_the_same_function(transformers_net(spec), "transformers", spec)
 
 
-def test_transformers_of_another_shape():
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_transformers_of_another_shape(name):
     """Three stages, narrow, for one channel and seven classes, the first stage striding too."""
-    spec = variant("resnet50")
+    spec = variant(name)
     stages = tuple(replace(stage, depth=2, mid=stage.mid // 4, out=stage.out // 4, stride=2) for stage in spec.stages)
     spec = replace(spec, stages=stages[:3], stem=StemSpec(widths=(24,)), in_channels=1, num_classes=7)
     assert_the_same_function(transformers_net(spec), "transformers", spec)
@@ -166,8 +158,8 @@ def test_a_trunk_of_transformers_without_classifier():
     spec = replace(trimmed(variant("resnet50"))[0], num_classes=0)
     theirs = randomise(transformers_net(spec, ResNetModel))
     assert detect(theirs.state_dict()) == "transformers"
-    net = ours(spec, 65, to_native(theirs.state_dict(), "transformers", spec).tensors)
-    x = picture(1, 3, 65, 65)
+    net = ours(spec, 33, to_native(theirs.state_dict(), "transformers", spec).tensors)
+    x = picture(1, 3, 33, 33)
     assert relative_error(net(x), theirs(x).pooler_output.flatten(1)) <= TOLERANCE
 
 
@@ -175,19 +167,19 @@ def test_a_trunk_of_transformers_without_classifier():
 def test_another_epsilon_is_the_same_function():
     """A network of Keras' epsilon in transformers, whose epsilon is another: its variances make up for it."""
     spec, _ = trimmed(replace(variant("resnet50"), norm_eps=1e-2))
-    theirs, x = transformers_net(spec), picture(1, 3, 65, 65)
+    theirs, x = transformers_net(spec), picture(1, 3, 33, 33)
     state = random_state(bare(lambda: ResNet(plan(spec))))
     foreign, notes = from_native(state, "transformers", spec)
     assert notes == ("variances of 29 norms changed by 0.00999, for epsilon 1e-05",)
     theirs.load_state_dict(foreign, assign=True)
     wanted = theirs.double().eval()(x).logits
-    assert relative_error(ours(spec, 65, state)(x), wanted) <= TOLERANCE
+    assert relative_error(ours(spec, 33, state)(x), wanted) <= TOLERANCE
     back, notes = to_native(foreign, "transformers", spec)
     assert notes == ("variances of 29 norms changed by -0.00999, for epsilon 0.01",)
-    assert relative_error(ours(spec, 65, back)(x), wanted) <= TOLERANCE
+    assert relative_error(ours(spec, 33, back)(x), wanted) <= TOLERANCE
     # Without it the difference shows.
     raw = to_native(foreign, "transformers", replace(spec, norm_eps=1e-5)).tensors
-    assert relative_error(ours(spec, 65, raw)(x), wanted) > 1e-4
+    assert relative_error(ours(spec, 33, raw)(x), wanted) > 1e-4
 
 
 @torch.inference_mode()
@@ -212,5 +204,5 @@ def test_mutations_fail(layout, name, change):
     theirs = timm_net(name, **options) if layout == "timm_resnetv2" else transformers_net(spec)
     randomise(theirs, seed_of(name))
     state = to_native(theirs.state_dict(), layout, spec).tensors
-    x = picture(1, 3, 65, 65)
-    assert relative_error(ours(replace(spec, **change), 65, state)(x), logits(theirs(x))) > 1e-4
+    x = picture(1, 3, 33, 33)
+    assert relative_error(ours(replace(spec, **change), 33, state)(x), logits(theirs(x))) > 1e-4

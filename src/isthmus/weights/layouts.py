@@ -237,7 +237,8 @@ def _pairs(table: Layout, net: Plan) -> tuple[Pair, ...]:
         for ours, theirs in (*deep.items(), *table.modules[layer.kind].items()):
             if (places := _places(ours, name)) is not None:
                 foreign = tuple(_filled(template, places | {"pools": pools}) for template in _each(theirs))
-                found.append(Pair(name, foreign, layer.kind, ours in table.biased))
+                biased = layer.kind == "conv" and any(_places(each, name) is not None for each in table.biased)
+                found.append(Pair(name, foreign, layer.kind, biased))
                 break
     return tuple(found)
 
