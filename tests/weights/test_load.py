@@ -317,6 +317,15 @@ def test_many_faults_are_counted_and_the_right_network_is_named(tmp_path):
     assert str(raised.value).endswith("they fit resnet34")
 
 
+def test_another_network_is_named_before_its_classifier(tmp_path, saved):
+    other = replace(TINY, stages=(TINY.stages[0],), num_classes=5)
+    torch.save(network(other).state_dict(), tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match="does not fit tiny: 35 tensors missing"):
+        load_weights(network(), tmp_path / "b.pth")
+    with pytest.raises(WeightsError, match=r"42 tensors unexpected .*; they fit tiny"):
+        load_weights(network(replace(other, name="other")), saved[1])
+
+
 def test_tensors_that_the_caller_names_are_ignored(tmp_path):
     torch.save(spoil(lambda t: t.update({"aux.weight": torch.ones(1)})), tmp_path / "a.pth")
     assert load_weights(network(), tmp_path / "a.pth", ignore=("aux.",)).dropped == ("aux.weight",)
@@ -376,7 +385,7 @@ def test_other_input_channels(saved):
     net, report = read_network(path, in_channels=1)
     torch.testing.assert_close(net.conv1.weight, before.conv1.weight.sum(1, keepdim=True))
     assert report.computed == {
-        "conv1.weight": "3 to 1 input channels, their sum; the response is equal where all normalised channels are"
+        "conv1.weight": "3 to 1 input channels, their sum: the same response to channels equal after normalisation"
     }
     assert "conv1.weight" not in report.loaded
     assert net.preprocess.channels == "L"

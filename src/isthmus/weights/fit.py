@@ -87,12 +87,24 @@ def fit_tensors(
     ready, said = layouts.to_native(source.tensors, layout_of(source), spec)
     notes += said
     dropped = [name for name in ready if ignore and name.startswith(ignore)]
+    ready = {name: tensor for name, tensor in ready.items() if name not in dropped}
     computed: dict[str, str] = {}
+    initialised: dict[str, str] = {}
 
     def compute(tensors: Mapping[str, Tensor], how: str) -> None:
         for name, tensor in tensors.items():
             computed[name] = f"{computed[name]}; {how}" if name in computed else how
             ready[name] = tensor
+
+    def initialise(tensors: Mapping[str, Tensor], why: str) -> None:
+        ready.update(tensors)
+        initialised.update(dict.fromkeys(tensors, why))
+
+    compute(*_in_dims(source, ready, wanted, spec.dims, adapt_dims))
+    compute(*_in_channels(source, ready, wanted, spec.in_channels, asked=adapt_input))
+    counters = [name for name in wanted if name.endswith(COUNTER) and name not in ready]
+    initialise({name: torch.zeros((), dtype=torch.long) for name in counters}, "the source counts no batches")
+    _check_fit(source, _trunk(ready), _trunk(wanted), spec)  # first: of another network the classifier differs too
 
     kept = source.classes
     if classes is not None:
@@ -102,32 +114,29 @@ def fit_tensors(
         how = f"rows of {len(rows)} of {len(ready[f'{last}.weight'])} classes kept: {listed(named, 8)}"
         compute({name: ready[name][list(rows)] for name in (f"{last}.weight", f"{last}.bias") if name in ready}, how)
         kept = tuple(named) if source.classes else ()
-    fresh, why = _fresh_head(net, source, ready, head)
-    if why or not any(name.startswith(HEAD) for name in wanted):
-        dropped += [name for name in ready if name.startswith(HEAD)]
-        kept = ()
-    ready = {name: tensor for name, tensor in ready.items() if name not in dropped}
-    compute(*_in_dims(source, ready, wanted, spec.dims, adapt_dims))
-    compute(*_in_channels(source, ready, wanted, spec.in_channels, asked=adapt_input))
+    fresh = _fresh_head(net, source, ready, head)
+    if fresh is not None:
+        old = [name for name in ready if name.startswith(HEAD)]
+        instead = f" instead of {len(ready['fc.weight'])}" if "fc.weight" in old else ""
+        ready, kept = _trunk(ready), ()
+        dropped += old
+        initialise(fresh, f"a new classifier for {spec.num_classes} classes{instead}")
+    _check_fit(source, ready, wanted, spec)
 
-    counters = [name for name in wanted if name.endswith(COUNTER) and name not in ready]
-    fresh |= {name: torch.zeros((), dtype=torch.long) for name in counters}  # older files lack them
-    everything = ready | fresh
-    _check_fit(source, everything, wanted, spec)
-    notes += _findings(ready, wanted)
+    came = {name: tensor for name, tensor in ready.items() if name not in initialised}
     learnt = {name for name, _ in net.named_parameters()}
     report = LoadReport(
         source=source.name,
         layout=source.layout,
-        loaded=tuple(name for name in wanted if name in ready and name not in computed),
+        loaded=tuple(name for name in wanted if name in came and name not in computed),
         computed={name: computed[name] for name in wanted if name in computed},
-        initialised={name: why if name.startswith(HEAD) else "the source counts no batches" for name in fresh},
-        parameters=sum(ready[name].numel() for name in learnt if name in ready),
+        initialised={name: initialised[name] for name in wanted if name in initialised},
+        parameters=sum(came[name].numel() for name in learnt if name in came),
         dropped=tuple(dropped),
         assumed=_assumed(source, spec),
-        notes=tuple(notes),
+        notes=(*notes, *_findings(came, wanted)),
     )
-    return Fitted({name: everything[name] for name in wanted}, kept, report)
+    return Fitted({name: ready[name] for name in wanted}, kept, report)
 
 
 def layout_of(source: Source) -> str:
@@ -165,22 +174,22 @@ def _chosen(
     return rows
 
 
-def _fresh_head(
-    net: ResNet, source: Source, tensors: Mapping[str, Tensor], head: Head
-) -> tuple[dict[str, Tensor], str]:
-    """A new classifier where one is asked for, and why; raises WeightsError where one is needed and not asked for."""
+def _fresh_head(net: ResNet, source: Source, tensors: Mapping[str, Tensor], head: Head) -> dict[str, Tensor] | None:
+    """A new classifier, None where the source's own fits and is kept; raises WeightsError where that cannot be."""
     mine = {name: tuple(tensor.shape) for name, tensor in net.state_dict().items() if name.startswith(HEAD)}
     theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name.startswith(HEAD)}
-    if not mine or (mine == theirs and head != "new"):
-        return {}, ""
-    if head == "keep":
+    if mine == theirs and head != "new":
+        return None
+    if mine and head == "keep":
         raise WeightsError(
             f"{source.name} does not fit: its classifier is {_shapes(theirs)} and the network's {_shapes(mine)}; start "
             f"a new one with load_weights(..., head='adapt'), or give create or load the num_classes you want"
         )
-    instead = f" instead of {theirs['fc.weight'][0]}" if "fc.weight" in theirs else ""
-    fresh = {HEAD + name: tensor for name, tensor in make_head(net.plan).state_dict().items()}
-    return fresh, f"a new classifier for {net.spec.num_classes} classes{instead}"
+    return {HEAD + name: tensor for name, tensor in make_head(net.plan).state_dict().items()}
+
+
+def _trunk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(HEAD)}
 
 
 def _in_dims(
@@ -221,7 +230,7 @@ def _in_channels(
             f"load_weights(..., adapt_input=True), or give create or load the in_channels you want"
         )
     way = "their sum" if channels == 1 else "their mean, scaled" if channels < theirs else "repeated and scaled"
-    how = f"{theirs} to {channels} input channels, {way}; the response is equal where all normalised channels are"
+    how = f"{theirs} to {channels} input channels, {way}: the same response to channels equal after normalisation"
     return {first: adapt.adapt_input(weight, channels)}, how
 
 
@@ -242,7 +251,8 @@ def _check_fit(source: Source, ready: dict[str, Tensor], wanted: dict[str, Tenso
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": wrong, "of another kind": integers}
     told = [f"{len(names)} tensors {word} ({listed(names, 3)})" for word, names in faults.items() if names]
     if told:
-        names = candidates(source.tensors, layout_of(source))
+        known = source.spec.name if source.spec else ""
+        names = [known] if known else candidates(source.tensors, layout_of(source))
         mend = f"they fit {listed(names, 6)}" if names else "make the network that they are from"
         raise WeightsError(f"{source.name} does not fit {spec.name or 'the network'}: {'; '.join(told)}; {mend}")
 
