@@ -36,6 +36,7 @@ class Layout:
     deep_stem: Names = field(default_factory=dict)
     prefix: str = ""
     read_prefixes: tuple[str, ...] = ()
+    block_order: tuple[str, ...] = ()  # endings of a block's modules as the library lists them; empty: as we do
     channels_last: bool = False  # kernels are (*size, in, out) and classifiers (in, out)
     classifier_is_conv: bool = False  # of 1×1, where ours is linear
     affine_norms: bool = False  # norms are written as a scale and a shift, without statistics
@@ -352,6 +353,7 @@ KERAS_V1 = Layout(
     can=PLAIN
     | ONE_STRIP
     | {"block": ("bottleneck",), "stem width": (64,), "strides": ((1, 2, 2, 2),), "stride place": ("conv1",)},
+    block_order=("_1_conv", "_1_bn", "_2_conv", "_2_bn", "_0_conv", "_3_conv", "_0_bn", "_3_bn"),
     channels_last=True,
     biased=("conv1", "layer{layer}.{block}.conv{n}", "layer{layer}.{block}.downsample.{at}"),
     norm_eps=1.001e-5,
@@ -380,6 +382,7 @@ KERAS_V2 = Layout(
         "strides": ((2, 2, 2, 1),),
         "striding block": ("last",),
     },
+    block_order=("_preact_bn", "_1_conv", "_1_bn", "_2_conv", "_2_bn", "_0_conv", "_3_conv"),
     channels_last=True,
     biased=("layer{layer}.{block}.conv3", "layer{layer}.{block}.downsample.{at}"),
     norm_eps=1.001e-5,

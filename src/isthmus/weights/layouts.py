@@ -22,8 +22,8 @@ from isthmus.errors import WeightsError
 from isthmus.weights.layout_tables import ELASTIC, LAYOUTS, Layout, made_of
 
 __all__ = [
-    "LAYOUTS", "Layout", "Match", "Pair", "Translated", "carriers", "detect", "evidence", "from_native", "modules",
-    "pairs", "preprocess_of", "to_native", "weight_keys",
+    "LAYOUTS", "Layout", "Match", "Pair", "Translated", "carriers", "detect", "evidence", "from_native", "has",
+    "modules", "pairs", "preprocess_of", "to_native", "weight_keys",
 ]  # fmt: skip
 
 PLACE = re.compile(r"\{(\w+)([+-]\d)?\}")
@@ -161,7 +161,7 @@ def from_native(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> Tr
         renamed[start + _each(suffixes[leaf])[0]] = _as_theirs(tensor, pair.kind, table) if leaf == "weight" else tensor
         if pair.biased:
             renamed[start + _each(suffixes["bias"])[0]] = tensor.new_zeros(tensor.shape[0])
-    return Translated(renamed, tuple(notes))
+    return Translated(_in_order(renamed, table.block_order), tuple(notes))
 
 
 def pairs(layout: str, spec: NetSpec) -> tuple[Pair, ...]:
@@ -196,8 +196,12 @@ def weight_keys(layout: str, *modules: str) -> tuple[str, ...]:
 
 def carriers(spec: NetSpec) -> tuple[str, ...]:
     """The layouts whose libraries have a network."""
-    facts = made_of(spec)
-    return tuple(name for name, table in LAYOUTS.items() if not _refused(table, facts))
+    return tuple(layout for layout in LAYOUTS if has(layout, spec))
+
+
+def has(layout: str, spec: NetSpec) -> bool:
+    """Whether the library of a layout has a network."""
+    return not _refused(_layout(layout), made_of(spec))
 
 
 def preprocess_of(layout: str, spec: NetSpec) -> Preprocess | None:
@@ -305,6 +309,19 @@ def _as_theirs(weight: Tensor, kind: str, table: Layout) -> Tensor:
     if table.channels_last and kind in ("conv", "linear"):
         return weight.movedim((0, 1), (-1, -2)).contiguous()
     return weight[:, :, None, None] if table.classifier_is_conv and kind == "linear" else weight
+
+
+def _in_order(tensors: dict[str, Tensor], order: tuple[str, ...]) -> dict[str, Tensor]:
+    """Tensors with each block's in an order of their modules' endings; Keras reads a file by order alone."""
+    blocks: dict[str, int] = {}
+
+    def place(key: str) -> tuple[int, int]:
+        module = key.rpartition("/")[0]
+        rank = next((rank for rank, ending in enumerate(order) if module.endswith(ending)), None)
+        block = module if rank is None else module.removesuffix(order[rank])
+        return blocks.setdefault(block, len(blocks)), rank or 0
+
+    return {key: tensors[key] for key in sorted(tensors, key=place)} if order else tensors
 
 
 def _complete_statistics(tensors: dict[str, Tensor], norms: Iterable[str], eps: float) -> int:

@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ def _torchvision(source: Source, spec: NetSpec) -> Logits | None:
     name = name_of(spec)
     if name not in models.list_models(module=models) or spec.in_channels != 3 or not spec.num_classes:
         return None
-    return _filled(models.get_model(name, weights=None, num_classes=spec.num_classes), source)
+    return filled(models.get_model(name, weights=None, num_classes=spec.num_classes), source)
 
 
 def _timm(source: Source, spec: NetSpec) -> Logits | None:
@@ -85,7 +86,7 @@ def _timm(source: Source, spec: NetSpec) -> Logits | None:
     name = name_of(spec)
     if not timm.is_model(name):
         return None
-    return _filled(timm.create_model(name, num_classes=spec.num_classes, in_chans=spec.in_channels), source)
+    return filled(timm.create_model(name, num_classes=spec.num_classes, in_chans=spec.in_channels), source)
 
 
 def _transformers(source: Source, spec: NetSpec) -> Logits | None:
@@ -93,9 +94,9 @@ def _transformers(source: Source, spec: NetSpec) -> Logits | None:
 
     config = ResNetConfig.from_dict(to_config(spec, source.classes))
     if not spec.num_classes:
-        headless = _filled(ResNetModel(config), source)
+        headless = filled(ResNetModel(config), source)
         return lambda x: headless(x).pooler_output.flatten(1)
-    whole = _filled(ResNetForImageClassification(config), source)
+    whole = filled(ResNetForImageClassification(config), source)
     return lambda x: whole(x).logits
 
 
@@ -106,20 +107,21 @@ def _keras(source: Source, spec: NetSpec) -> Logits | None:
     os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, when keras is first imported
     import keras  # type: ignore[import-untyped]
 
-    top: dict[str, Any] = {"include_top": False, "pooling": "avg"}
+    # With a classifier of its own it would want one size of pictures, and end in a softmax.
+    model = getattr(keras.applications, name)(weights=None, include_top=False, pooling="avg")
     if spec.num_classes:
-        top = {"classes": spec.num_classes, "classifier_activation": None}
-    model = getattr(keras.applications, name)(weights=None, input_shape=(None, None, 3), **top)
+        logits_of = keras.layers.Dense(spec.num_classes, name="predictions")
+        model = keras.Model(model.input, logits_of(model.output))
     model.load_weights(source.path)
 
     def logits(x: Tensor) -> Tensor:
         found = model(x.permute(0, 2, 3, 1).contiguous().numpy(), training=False)
-        return torch.as_tensor(keras.ops.convert_to_numpy(found))
+        return found.cpu() if isinstance(found, Tensor) else torch.from_numpy(np.asarray(found))  # of another backend
 
     return logits
 
 
-def _filled(module: nn.Module, source: Source) -> nn.Module:
+def filled(module: nn.Module, source: Source) -> nn.Module:
     """A library's network with the tensors of a source, by its own strict loading, in double precision."""
     try:
         module.load_state_dict(source.tensors)
@@ -132,6 +134,6 @@ def _filled(module: nn.Module, source: Source) -> nn.Module:
 LIBRARIES = (
     Library("transformers", ("transformers",), _transformers),
     Library("keras", ("keras", "keras_v2"), _keras, torch.float32, 1e-5),
-    Library("torchvision", ("native",), _torchvision),
-    Library("timm", ("native", "timm_resnetv2"), _timm),
+    Library("torchvision", ("native", "torchvision"), _torchvision),
+    Library("timm", ("native", "torchvision", "timm", "timm_resnetv2"), _timm),
 )
