@@ -7,7 +7,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from isthmus.arch.cost import layer_cost
 from isthmus.arch.plan import plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec, NetSpec
@@ -16,7 +15,7 @@ from isthmus.errors import WeightsError
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
 from isthmus.weights.hf import from_pretrained_cfg
-from isthmus.weights.layouts import LAYOUTS, carriers, modules, pairs, to_native, weight_keys
+from isthmus.weights.layouts import LAYOUTS, has, modules, pairs, to_native, weight_keys
 
 __all__ = ["candidates", "check_same_function", "decided", "timm_preprocess"]
 
@@ -46,13 +45,16 @@ def candidates(tensors: Mapping[str, Tensor], layout: str) -> list[str]:
     head = next((shapes[key] for key in weight_keys(layout, "fc") if key in shapes), None)
     channels = stem.shape[-2 if table.channels_last else 1]
     classes = 0 if head is None else head.shape[-1 if table.channels_last else 0]
-    total = sum(shape.numel() for shape in shapes.values() if shape.ndim > 1)
+    kernel = tuple(stem.shape[:2] if table.channels_last else stem.shape[2:])
+    count = sum(shape.ndim > 1 for shape in shapes.values())
     names = []
     for name in variants():
         spec = replace(variant(name), in_channels=channels, num_classes=classes)
-        known_epsilon = table.norm_eps in (None, spec.norm_eps)
-        # Counting is quicker than building by three orders.
-        if known_epsilon and layout in carriers(spec) and _weights(spec) == total and _fits(shapes, layout, spec):
+        if table.norm_eps not in (None, spec.norm_eps) or kernel != (spec.stem.kernel,) * 2 or not has(layout, spec):
+            continue
+        wanted = _shapes(spec)
+        # Counting is quicker than translating.
+        if count == sum(len(shape) > 1 for shape in wanted.values()) and wanted == _given(shapes, layout, spec):
             names.append(name)
     return names
 
@@ -65,21 +67,29 @@ def decided(tensors: Mapping[str, Tensor], layout: str) -> str | None:
     return names[0] if len(names) == 1 else None
 
 
-def _weights(spec: NetSpec) -> int:
-    """Numbers in the kernels of convolutions and of the classifier, which every layout holds alike."""
-    layers = (layer for _, layer, _ in modules(plan(spec)) if layer.kind != "norm")
-    return sum(layer_cost(layer, (1,) * spec.dims)[0] - layer.out_channels * layer.bias for layer in layers)
+def _shapes(spec: NetSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a network's tensors, read off its plan; counters of batches aside."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, layer, _ in modules(plan(spec)):
+        width = (layer.out_channels,)
+        if layer.kind == "norm":
+            leaves = ("weight", "bias", "running_mean", "running_var") if spec.norm == "batch" else ("weight", "bias")
+            shapes |= {f"{name}.{leaf}": width for leaf in leaves}
+            continue
+        if layer.domain == "channels":
+            shapes[f"{name}.weight"] = (1, 1, layer.kernel)
+        else:
+            size = (layer.kernel,) * spec.dims if layer.kind == "conv" else ()
+            shapes[f"{name}.weight"] = (*width, layer.in_channels // layer.groups, *size)
+        if layer.bias:
+            shapes[f"{name}.bias"] = width
+    return shapes
 
 
-def _fits(shapes: Mapping[str, Tensor], layout: str, spec: NetSpec) -> bool:
-    with torch.device("meta"):
-        wanted = ResNet(plan(spec)).state_dict()
+def _given(shapes: Mapping[str, Tensor], layout: str, spec: NetSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of tensors as they would be ours in a network; counters of batches aside."""
     found = to_native(shapes, layout, spec).tensors
-    learnt, given = (
-        {name: tensor.shape for name, tensor in state.items() if not name.endswith(COUNTER)}
-        for state in (wanted, found)
-    )
-    return learnt == given
+    return {name: tuple(tensor.shape) for name, tensor in found.items() if not name.endswith(COUNTER)}
 
 
 def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
