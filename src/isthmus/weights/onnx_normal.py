@@ -13,20 +13,7 @@ from typing import Any
 import numpy as np
 
 from isthmus.errors import WeightsError
-from isthmus.weights.onnx_axes import (
-    as_is,
-    cast,
-    cast_like,
-    expand,
-    flatten,
-    pad,
-    pick,
-    reshape,
-    row,
-    squeeze,
-    transpose,
-    unsqueeze,
-)
+from isthmus.weights import onnx_axes
 from isthmus.weights.onnx_file import Array, Graph, Node
 from isthmus.weights.onnx_fold import Folder, argument, axis_of, sizes
 from isthmus.weights.onnx_op import AREA, MAP, ONE, ROW, WIDE, Call, Kind, Op, Size, Value, Window
@@ -69,11 +56,11 @@ def normal_form(graph: Graph) -> Normal:
             try:
                 values[node.outputs[0]] = _result(Call(node, args, batch), fold)
             except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-                node.fail(f"its inputs or attributes do not fit it ({str(error).splitlines()[0]})")
+                node.fail(f"its inputs or attributes do not fit it ({error or type(error).__name__})")
     found = values.get(graph.outputs[0])
     if not isinstance(found, Value):
         raise WeightsError(f"no node of the graph makes its output {graph.outputs[0]!r}")
-    end = row(found)
+    end = onnx_axes.row(found)
     if tuple(axis for axis in end.axes if axis != ONE) != ROW:
         end.op.node.fail(f"the graph ends with axes {', '.join(end.axes)}; logits (N, classes) were expected")
     return Normal(start=first, end=end.op, channels_last=last, shape=graph.shape)
@@ -161,7 +148,7 @@ def _linear(node: Node, op: Op, constants: dict[str, Array]) -> Op:
 
 
 def _gemm(call: Call) -> Value:
-    node, value, weight = call.node, row(call.value()), call.constant(1, "weight")
+    node, value, weight = call.node, onnx_axes.row(call.value()), call.constant(1, "weight")
     if node.number("alpha", 1.0) != 1 or node.number("beta", 1.0) != 1 or node.integer("transA", 0):
         node.fail("a scaled or transposed classifier cannot be read")
     if value.axes != ROW:
@@ -172,7 +159,7 @@ def _gemm(call: Call) -> Value:
 
 
 def _matmul(call: Call) -> Value:
-    value = row(call.value())
+    value = onnx_axes.row(call.value())
     if value.axes[0] != "N" or value.axes[-1] != "C":
         call.node.fail(f"it multiplies the last of the axes {', '.join(value.axes)}, which must be C")
     return Value(_linear(call.node, value.op, {"weight": call.constant(1, "weight").T}), value.axes)
@@ -369,7 +356,7 @@ def _gate(node: Node, value: Value, row: Value) -> Value:
 
 
 def _softmax(call: Call) -> Value:
-    value = row(call.value())
+    value = onnx_axes.row(call.value())
     if value.axes[axis_of(call.node.integer("axis", -1), len(value.axes), call.node)] != "C" or not value.op.pooled:
         call.node.fail("a softmax must be over the classes")
     return replace(value, op=value.op.then("softmax", call.node))
@@ -397,16 +384,16 @@ OPERATIONS: dict[str, Callable[[Call], Value | Array]] = {
     "Sigmoid": _activation("sigmoid"),
     "Swish": _activation("silu"),
     "Softmax": _softmax,
-    "Identity": as_is,
-    "Dropout": as_is,
-    "Cast": cast,
-    "CastLike": cast_like,
-    "Transpose": transpose,
-    "Squeeze": squeeze,
-    "Unsqueeze": unsqueeze,
-    "Flatten": flatten,
-    "Reshape": reshape,
-    "Expand": expand,
-    "Pad": pad,
-    "Slice": pick,
+    "Identity": onnx_axes.as_is,
+    "Dropout": onnx_axes.as_is,
+    "Cast": onnx_axes.cast,
+    "CastLike": onnx_axes.cast_like,
+    "Transpose": onnx_axes.transpose,
+    "Squeeze": onnx_axes.squeeze,
+    "Unsqueeze": onnx_axes.unsqueeze,
+    "Flatten": onnx_axes.flatten,
+    "Reshape": onnx_axes.reshape,
+    "Expand": onnx_axes.expand,
+    "Pad": onnx_axes.pad,
+    "Slice": onnx_axes.pick,
 }
