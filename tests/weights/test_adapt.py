@@ -255,6 +255,14 @@ def test_of_a_deeper_head_the_last_layer_is_cut(tmp_path, head):
     assert net.classes == ()
 
 
+def test_a_head_with_a_norm_is_new_where_the_source_has_none(saved):
+    _, path = saved
+    net = create(replace(TINY, head=HeadSpec(norm=True)))
+    report = load_weights(net, path, head="adapt")
+    assert set(report.initialised) == {name for name in net.state_dict() if name.startswith("fc.")}
+    assert report.dropped == ("fc.weight", "fc.bias")
+
+
 @pytest.mark.parametrize(
     ("chosen", "reason"),
     [

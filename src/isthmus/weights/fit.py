@@ -103,7 +103,8 @@ def fit_tensors(
     compute(*_in_dims(source, ready, wanted, spec.dims, adapt_dims))
     compute(*_in_channels(source, ready, wanted, spec.in_channels, asked=adapt_input))
     counters = [name for name in wanted if name.endswith(COUNTER) and name not in ready]
-    initialise({name: torch.zeros((), dtype=torch.long) for name in counters}, "the source counts no batches")
+    older = [name for name in counters if f"{name.removesuffix(COUNTER)}.running_mean" in ready]
+    initialise({name: torch.zeros((), dtype=torch.long) for name in older}, "the source counts no batches")
     _check_fit(source, _trunk(ready), _trunk(wanted), spec)  # first: of another network the classifier differs too
 
     kept = source.classes
