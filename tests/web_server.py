@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -25,7 +26,7 @@ class Web:
     files: dict[str, bytes] = field(default_factory=dict)
     cuts: list[int] = field(default_factory=list)
     errors: dict[str, tuple[int, str]] = field(default_factory=dict)
-    tags: bool = True
+    tags: Literal["strong", "weak", "none"] = "strong"
     ranges: bool = True
     hold: threading.Event = field(default_factory=threading.Event)
     asked: list[tuple[str, str, str]] = field(default_factory=list)
@@ -87,14 +88,14 @@ class Handler(BaseHTTPRequestHandler):
             status, code = error or (404, "EntryNotFound")
             self.head(status, {"X-Error-Code": code, "Content-Length": "0"})
             return
-        tag = f'"{hashlib.sha256(content).hexdigest()}"'
+        tag = ("W/" if web.tags == "weak" else "") + f'"{hashlib.sha256(content).hexdigest()}"'
         start = 0
         if (wanted := self.headers.get("Range")) and web.ranges and self.headers.get("If-Range", tag) == tag:
             start = int(wanted.removeprefix("bytes=").partition("-")[0])
         if start >= len(content) > 0:
             self.head(416, {"Content-Length": "0"})
             return
-        facts = {"Content-Length": str(len(content) - start)} | ({"ETag": tag} if web.tags else {})
+        facts = {"Content-Length": str(len(content) - start)} | ({} if web.tags == "none" else {"ETag": tag})
         if start:
             facts["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.head(206 if start else 200, facts)

@@ -144,7 +144,7 @@ def test_another_models_config_is_nobodys():
 
 PROCESSORS = {
     "convnext": ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.875),
-    "convnext, 0.95": ConvNextImageProcessor(size={"shortest_edge": 160}, crop_pct=0.95, resample=2),
+    "convnext, 0.9": ConvNextImageProcessor(size={"shortest_edge": 224}, crop_pct=0.9, resample=2),
     "convnext, squashed": ConvNextImageProcessor(size={"shortest_edge": 384}),
     "bit": BitImageProcessor(size={"shortest_edge": 256}, resample=2),
     "bit, squashed": BitImageProcessor(size={"height": 256, "width": 256}),

@@ -82,11 +82,12 @@ def test_another_version_on_the_server_starts_afresh(web, url):
     assert hub.download(url).read_bytes() == other
 
 
-@pytest.mark.parametrize("lacking", ["tags", "ranges"])
-def test_a_server_that_cannot_go_on_starts_afresh(web, url, lacking):
-    setattr(web, lacking, False)
+@pytest.mark.parametrize(("fact", "value"), [("ranges", False), ("tags", "none"), ("tags", "weak")])
+def test_a_server_that_cannot_go_on_starts_afresh(web, url, fact, value):
+    setattr(web, fact, value)
     web.cuts = [1_000_000]
     assert hub.download(url, SHA256).read_bytes() == CONTENT
+    assert ranges(web) == ["", "bytes=1000000-" if fact == "ranges" else ""]
 
 
 def test_a_whole_file_that_was_not_put_in_its_place(web, url):

@@ -143,6 +143,13 @@ def test_timms_weights_on_the_hub(web, theirs, tmp_path):
     assert report.source == "hf:timm/test_resnet.r160_in1k"
 
 
+def test_a_record_names_no_classes_of_another_classifier(web, tmp_path):
+    save_for_hf(timm.create_model("test_resnet", num_classes=3), tmp_path / "net", safe_serialization=True)
+    web.publish("timm/test_resnet.r160_in1k", folder_of(tmp_path / "net"))
+    net = load("hf:timm/test_resnet.r160_in1k")
+    assert (net.spec.num_classes, net.classes) == (3, ())
+
+
 def test_transformers_weights_on_the_hub_in_parts(web, tmp_path):
     config = ResNetConfig(hidden_sizes=[32, 64], depths=[1, 1], id2label={0: "ok", 1: "broken"})
     model = randomise(ResNetForImageClassification(config)).float()

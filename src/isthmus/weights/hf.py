@@ -69,8 +69,7 @@ def _from_transformers(config: Mapping[str, Any]) -> Described:
         in_channels=say.number("num_channels", 3),
         num_classes=0 if headless else len(classes),
     )
-    own = () if headless or all(name == f"LABEL_{index}" for index, name in enumerate(classes)) else classes
-    return Described(spec=replace(spec, name=name_of(spec)), classes=own)
+    return Described(spec=replace(spec, name=name_of(spec)), classes=() if headless else _own(classes))
 
 
 def _own(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -122,16 +121,16 @@ def to_config(spec: NetSpec, classes: Sequence[str] = ()) -> dict[str, Any]:
     return config
 
 
-_PROCESSORS = ("ConvNext", "Bit", "ViT", "CLIP")  # the first crops by a ratio, the others by fields
-_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-
-
 def _flat(values: Any, path: str = "") -> dict[str, Any]:
     """Every single setting of nested tables and lists, under its dotted path."""
     if not isinstance(values, dict | list):
         return {path: values}
     rows = values.items() if isinstance(values, dict) else enumerate(values)
     return {key: value for name, row in rows for key, value in _flat(row, f"{path}.{name}".lstrip(".")).items()}
+
+
+_PROCESSORS = ("ConvNext", "Bit", "ViT", "CLIP")  # the first crops by a ratio, the others by fields
+_RESAMPLE = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 def from_preprocessor(config: Mapping[str, Any]) -> Preprocess:

@@ -203,11 +203,13 @@ def _recorded(source: Source, record: catalog.Record | None) -> Source:
     """A source with what the catalog knows of it; what the file says itself goes before."""
     if record is None:
         return source
+    spec = source.spec or record.spec
+    named = record.classes if spec and spec.num_classes == record.num_classes else ()
     return replace(
         source,
-        spec=source.spec or record.spec,
+        spec=spec,
         preprocess=source.preprocess or record.preprocess,
-        classes=source.classes or record.classes,
+        classes=source.classes or named,
         notes=(*source.notes, str(record)),
         extra=record.about,
     )
