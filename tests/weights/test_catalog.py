@@ -43,6 +43,12 @@ def test_records_say_all_that_a_reader_needs():
         assert len(record.classes) in (0, record.num_classes)
 
 
+def test_every_network_of_the_catalog_can_be_built_at_its_size():
+    for record in catalog.CATALOG.values():
+        if record is not DEMO:
+            assert plan(record.spec, record.preprocess.crop).spec.num_classes == record.num_classes
+
+
 def test_each_of_torchvisions_weights_has_a_record_that_says_the_same():
     assert len(NETS) == 10
     theirs = {

@@ -129,7 +129,7 @@ def test_nobody_there(web):
 
 
 def test_only_the_web_is_downloaded_from(web):
-    for address in ("ftp://example.org/net.pth", "data:,x", "file:///etc/passwd"):
+    for address in ("ftp://example.org/net.pth", "data:,x", "file:///etc/passwd", "https://", "https://[x"):
         with pytest.raises(WeightsError, match="no address that can be downloaded"):
             hub.download(address)
 
@@ -163,8 +163,9 @@ def test_a_full_disk(web, url, monkeypatch):
 def test_a_mirror_stands_for_torchs_host_only(web):
     web.files["/models/net.pth"] = CONTENT
     assert hub.download("https://download.pytorch.org/models/net.pth", SHA256).read_bytes() == CONTENT
-    with pytest.raises(WeightsError, match="cannot be reached"):
-        hub.download("http://127.0.0.1:9/models/net.pth")
+    for address in ("http://127.0.0.1:9/models/net.pth", "http://127.0.0.1:9/a b"):
+        with pytest.raises(WeightsError, match="cannot be reached"):
+            hub.download(address)
 
 
 def test_many_at_once_download_once(web, url):

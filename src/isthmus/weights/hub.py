@@ -48,7 +48,7 @@ def download(url: str, wanted: str = "") -> Path:
     import torch.hub
     from filelock import FileLock
 
-    if urlsplit(url).scheme not in ("http", "https"):
+    if not re.match(r"https?://[^/?#\[\]]", url):
         raise WeightsError(f"{url} is no address that can be downloaded; give one of https, or a path")
     target = Path(torch.hub.get_dir()) / "checkpoints" / _file_name(url, wanted)
     if target.is_file():
