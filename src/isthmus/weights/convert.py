@@ -53,8 +53,8 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
             save_weights(net, written, layout=layout, extra=extra)
             again = _read_back(net, written, layout)
             tensors = compare_tensors(net.state_dict(), again.state_dict())
-            if tensors.different and all(name.endswith(COUNTER) for name in tensors.different):
-                notes.append(f"{len(tensors.different)} counters of batches, which only training reads, are not kept")
+            if lost := [name for name in tensors.different if name.endswith(COUNTER)]:
+                notes.append(f"{len(lost)} counters of batches, which only training reads, are not kept")
                 tensors = compare_tensors(_learnt(net), _learnt(again))
             agreement = None if tensors.same else _outputs(net, again)
             if agreement is not None and not agreement.equal:

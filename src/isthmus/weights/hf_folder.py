@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from isthmus.nn.network import ResNet
 from isthmus.weights import files
 from isthmus.weights.hf import to_config, to_preprocessor
 from isthmus.weights.hub import CONFIG, PREPROCESSOR
+from isthmus.weights.layouts import LAYOUTS
 
 __all__ = ["push", "write_folder"]
 
@@ -29,8 +31,10 @@ def write_folder(
 
     Raises WeightsError, with nothing written, when `transformers` has no name for a setting; RunError for the disk.
     """
+    # Tensors in its layout are for the one epsilon that transformers has.
+    spec = replace(net.spec, norm_eps=LAYOUTS["transformers"].norm_eps or net.spec.norm_eps)
     texts = {
-        CONFIG: json.dumps(to_config(net.spec, net.classes), indent=2) + "\n",
+        CONFIG: json.dumps(to_config(spec, net.classes), indent=2) + "\n",
         PREPROCESSOR: json.dumps(to_preprocessor(net.preprocess), indent=2) + "\n",
         CARD: model_card(net, folder.resolve().name, extra),
     }

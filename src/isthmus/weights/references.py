@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import name_of
 from isthmus.errors import WeightsError
 from isthmus.weights.hf import to_config
+from isthmus.weights.layouts import LAYOUTS
 from isthmus.weights.source import Source
 
 __all__ = ["Reference", "reference"]
@@ -92,7 +93,8 @@ def _timm(source: Source, spec: NetSpec) -> Logits | None:
 def _transformers(source: Source, spec: NetSpec) -> Logits | None:
     from transformers import ResNetConfig, ResNetForImageClassification, ResNetModel
 
-    config = ResNetConfig.from_dict(to_config(spec, source.classes))
+    as_theirs = replace(spec, norm_eps=LAYOUTS["transformers"].norm_eps or spec.norm_eps)
+    config = ResNetConfig.from_dict(to_config(as_theirs, source.classes))
     if not spec.num_classes:
         headless = filled(ResNetModel(config), source)
         return lambda x: headless(x).pooler_output.flatten(1)
