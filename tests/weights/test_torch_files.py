@@ -8,6 +8,7 @@ import torch
 
 from isthmus.errors import WeightsError
 from isthmus.weights import files
+from isthmus.weights.torch_files import archive_members
 from weight_files import tensors, write_tar
 
 
@@ -44,6 +45,35 @@ def rewritten(path, change, **options):
     with zipfile.ZipFile(path, "w", **options) as archive:
         for name, content in members.items():
             archive.writestr(name, change(name, content))
+
+
+def test_sizes_and_places_of_64_bits(tmp_path, monkeypatch):
+    """As members beyond 4 GB have them; the standard library writes them here for every one."""
+    path = tmp_path / "a.pth"
+    torch.save(tensors(), path)
+    plain = path.read_bytes()
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 0)
+    rewritten(path, lambda _, content: content)
+    assert path.read_bytes().count(b"\xff\xff\xff\xff") > plain.count(b"\xff\xff\xff\xff")
+    assert equal(files.read(path).tensors, tensors())
+    with path.open("rb") as file:
+        found = archive_members(file, path)
+    with zipfile.ZipFile(path) as archive:
+        wanted = {name: archive.read(name) for name in archive.namelist()}
+    content = path.read_bytes()
+    assert {name: content[span.start :][: span.length] for name, span in found.items()} == wanted
+
+
+def test_an_archive_with_a_comment_and_one_of_pictures(tmp_path):
+    path = tmp_path / "a.pth"
+    torch.save(tensors(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = b"x" * 60_000
+    assert equal(files.read(path).tensors, tensors())
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cat.jpg", b"miaow")
+    with pytest.raises(WeightsError, match="an archive of something else than tensors"):
+        files.read(path)
 
 
 def test_compressed_archives_are_refused(tmp_path):

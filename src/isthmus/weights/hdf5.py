@@ -21,7 +21,9 @@ __all__ = ["SIGNATURE", "Group", "read_tree"]
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 NOWHERE = (1 << 64) - 1  # the undefined address
 MAX_DEPTH = 32  # groups in groups
-READS = 8  # how many times the file's size may be read in structures, which ends every cycle
+READS = 4  # how many times the file's size may be read in structures, which ends every cycle
+MEMORY = 50 << 20  # bytes that groups and texts may take; those of a network with 1,000 layers take one
+OBJECT, TEXT = 500, 100  # bytes of memory for an empty one, roughly
 
 # Header messages, by their numbers.
 DATASPACE, LINK_INFO, DATATYPE, LINK, EXTERNAL_FILES, LAYOUT = 0x01, 0x02, 0x03, 0x06, 0x07, 0x08
@@ -75,6 +77,7 @@ class _Reader:
     def __init__(self, file: BinaryIO, within: Span) -> None:
         self.file, self.within = file, within
         self.left = READS * within.length + (1 << 16)
+        self.memory = MEMORY
         self.heaps: dict[int, dict[int, bytes]] = {}
 
     def at(self, address: int, length: int) -> bytes:
@@ -86,6 +89,12 @@ class _Reader:
             raise ValueError("structures that go round in circles")
         self.file.seek(self.within.start + address)
         return self.file.read(length)
+
+    def spend(self, memory: int) -> None:
+        """Count what is kept: a small file can declare a million objects in one place."""
+        self.memory -= memory
+        if self.memory < 0:
+            raise ValueError("more groups and names than weights need")
 
     def signed(self, address: int, length: int, signature: bytes) -> bytes:
         """As `at`, for a structure that begins with its signature."""
@@ -120,6 +129,7 @@ class _Reader:
         """The group or dataset whose header is at `address`."""
         if depth > MAX_DEPTH:
             raise ValueError(f"groups in groups, {MAX_DEPTH} deep")
+        self.spend(OBJECT)
         found: dict[int, list[bytes]] = {}
         for kind, content in self.messages(address):
             found.setdefault(kind, []).append(content)
@@ -282,6 +292,7 @@ class _Reader:
     def texts(self, content: bytes, kind: _Type, count: int) -> list[str]:
         if kind.size < 1 or count * kind.size > len(content):
             raise ValueError("an attribute without its end")
+        self.spend(TEXT * count + 4 * len(content))
         pieces = [content[start : start + kind.size] for start in range(0, count * kind.size, kind.size)]
         if kind.far:
             pieces = [self.global_object(*struct.unpack("<IQI", piece)) for piece in pieces]
@@ -303,7 +314,7 @@ class _Reader:
                 position += 16 + -(-extent // 8) * 8
             self.heaps[address] = objects
         found = self.heaps[address][index]
-        self.left -= length
+        self.spend(4 * length)
         if len(found) < length:
             raise ValueError("a text without its end")
         return found[:length]

@@ -21,7 +21,7 @@ __all__ = ["WEIGHTS_MEMBER", "read_keras", "read_keras_archive", "write_keras"]
 
 WEIGHTS_MEMBER = "model.weights.h5"
 CONFIG_MEMBER = "config.json"
-MAX_CONFIG = 1 << 22  # bytes; that of a network with 1,000 layers has a quarter of it
+MAX_CONFIG = 1 << 21  # bytes; that of a network with 1,000 layers has half of it
 ATTRIBUTE_BYTES = 64_512  # more does not fit into the header of an HDF5 object, so Keras cuts the list into pieces
 NORM = ("gamma", "beta", "moving_mean", "moving_variance")
 KERNEL = ("kernel", "bias")

@@ -21,7 +21,7 @@ __all__ = ["Array", "Budget", "ForeignError", "Inert", "Storage", "load"]
 
 LINE = 1 << 16  # longest text of the old, line-based opcodes
 SMALL = 4096  # bytes; longer strings stay in the file until somebody wants them
-FREE_STEPS, BYTES_A_STEP = 500_000, 256
+FREE_STEPS, BYTES_A_STEP = 250_000, 512
 """Steps that any file may take, and one more for so many of its bytes: objects cost memory that the file does not."""
 
 SIZED = {

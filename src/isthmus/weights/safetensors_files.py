@@ -15,7 +15,8 @@ from isthmus.weights.stored import Span, Stored
 __all__ = ["INDEXES", "read_index", "read_safetensors", "save_file"]
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-MAX_INDEX = 1 << 22  # bytes; JSON in memory can be twenty times as large
+MAX_HEADER = 1 << 22  # bytes; one of 10,000 tensors has a megabyte
+MAX_INDEX = 1 << 21  # bytes; JSON in memory can be thirty times as large
 ALIGNMENT = 8  # of the data's beginning
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -30,6 +31,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
     """The tensors' places and the text beside them; raises SafetensorError or ValueError for a damaged file."""
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
+    if start > MAX_HEADER:
+        raise ValueError(f"a header of {start} bytes")
     stored = {}
     with safe_open(path, framework="pt") as file:  # which checks that the data has neither gaps nor overlaps
         for name in file.offset_keys():

@@ -1,7 +1,6 @@
 """The three containers that torch has written pickles and storages into: zip (since 1.6), plain (0.1.10) and tar."""
 
 import struct
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +13,10 @@ __all__ = ["archive_members", "is_tar", "read_pickle", "read_tar", "read_zip"]
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 TAR_BLOCK = 512
+MAX_TAIL = 22 + (1 << 16) + 20  # bytes: the end of a zip archive, its comment, and where the larger kind of end is
+MAX_DIRECTORY = 1 << 22  # bytes; an archive of 10,000 tensors has a megabyte
+TOO_LARGE = (1 << 32) - 1
+CENTRAL_HEADER = struct.Struct("<4s4xHH8xIIHHH8xI")  # flags, method, sizes, lengths of name, extra, comment; place
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # of a zip member: signature, and the lengths of its name and extra field
 
 
@@ -21,32 +24,83 @@ def archive_members(file: BinaryIO, path: Path) -> dict[str, Span]:
     """The members of a zip archive by name; they must be stored as they are, which torch and Keras do.
 
     Raises ValueError for members that are compressed, encrypted, twice there, over one another or beyond the file, and
-    ForeignError for a program.
+    ForeignError for a program. (The standard library's reader keeps a kilobyte of memory for every member declared.)
     """
     size = path.stat().st_size
     members: dict[str, Span] = {}
-    with zipfile.ZipFile(file) as archive:
-        infos = archive.infolist()
-    if any(info.filename.endswith("/constants.pkl") for info in infos):
+    entries = list(_directory(file, size))
+    if any(name.endswith("/constants.pkl") for name, *_ in entries):
         raise ForeignError("TorchScript", "a TorchScript program; load it where you trust it, take its state_dict()")
-    for info in infos:
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
-            raise ValueError(f"the member {info.filename[:80]!r} is compressed or encrypted")
-        if info.filename in members:
-            raise ValueError(f"the member {info.filename[:80]!r} is there twice")
-        file.seek(info.header_offset)
-        signature, name, extra = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
-        start = info.header_offset + LOCAL_HEADER.size + name + extra
-        if signature != b"PK\3\4" or start + info.file_size > size:
-            raise ValueError(f"the member {info.filename[:80]!r} is not where the archive says")
-        members[info.filename] = Span(path, start, info.file_size)
+    for name, stored, header, length in entries:
+        if not stored:
+            raise ValueError(f"the member {name[:80]!r} is compressed or encrypted")
+        if name in members:
+            raise ValueError(f"the member {name[:80]!r} is there twice")
+        file.seek(header)
+        signature, *extents = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
+        start = header + LOCAL_HEADER.size + sum(extents)
+        if signature != b"PK\3\4" or start + length > size:
+            raise ValueError(f"the member {name[:80]!r} is not where the archive says")
+        members[name] = Span(path, start, length)
     check_apart(members.values())
     return members
 
 
+def _directory(file: BinaryIO, size: int) -> Iterator[tuple[str, bool, int, int]]:
+    """Name, whether stored as it is, place of the header and length of every member, from the archive's end.
+
+    Layout: PKWARE's .ZIP File Format Specification, 4.3.12 to 4.3.16 and 4.5.3.
+    """
+    begin = max(size - MAX_TAIL, 0)
+    file.seek(begin)
+    tail = file.read(MAX_TAIL)
+    end = tail.rindex(b"PK\5\6")
+    extent, start = struct.unpack_from("<12xII", tail, end)
+    if tail[end - 20 : end - 16] == b"PK\6\7":  # the larger kind of end, which torch always writes
+        (place,) = struct.unpack_from("<8xQ", tail, end - 20)
+        file.seek(place)
+        signature, extent, start = struct.unpack("<4s36xQQ", file.read(56))
+        if signature != b"PK\6\6":
+            raise ValueError("an archive without its end")
+    if extent > MAX_DIRECTORY or start + extent > size:
+        raise ValueError(f"a directory of {extent} bytes at {start}")
+    file.seek(start)
+    directory, position = file.read(extent), 0
+    while position < extent:
+        entry = CENTRAL_HEADER.unpack_from(directory, position)
+        signature, flags, method, packed, length, name, extra, comment, header = entry
+        if signature != b"PK\1\2":
+            raise ValueError("a directory that is none")
+        position += CENTRAL_HEADER.size
+        text = directory[position : position + name].decode()
+        fields = directory[position + name : position + name + extra]
+        position += name + extra + comment
+        length, packed, header = _large((length, packed, header), fields)
+        yield text, method == 0 and not flags & 1 and packed == length, header, length
+
+
+def _large(numbers: tuple[int, ...], extra: bytes) -> Iterator[int]:
+    """Sizes and place of a member; those that 32 bits do not hold are in its extra fields, one after the other."""
+    position = 0
+    while position + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, position)
+        position += 4
+        if kind == 1:
+            break
+        position += length
+    for number in numbers:
+        if number == TOO_LARGE:
+            yield struct.unpack_from("<Q", extra, position)[0]
+            position += 8
+        else:
+            yield number
+
+
 def read_zip(file: BinaryIO, members: dict[str, Span]) -> Any:
     """What the archive's `data.pkl` stands for, its tensors still in the file."""
-    (name,) = [name for name in members if name.endswith("/data.pkl") or name == "data.pkl"]
+    name = next((name for name in members if name.endswith("data.pkl")), None)
+    if name is None:
+        raise ValueError("an archive of something else than tensors")
     folder, pickled = name.removesuffix("data.pkl"), members[name]
     order = members.get(f"{folder}byteorder")
     if order is not None:
