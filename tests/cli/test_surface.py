@@ -1,13 +1,16 @@
 """The command line's surface, pinned: its commands and the options of each."""
 
+import inspect
 import json
+from importlib import import_module
 
 import pytest
 from cyclopts import App
 
+from isthmus.cli import main
 from isthmus.cli.main import app
 
-COMMANDS = ["models", "plan", "train", "eval", "predict", "env", "weights"]
+COMMANDS = ["weights", "models", "plan", "train", "eval", "predict", "env"]
 WEIGHTS = ["inspect", "convert", "verify", "list"]
 # Commands whose options are pinned in tests/golden/commands.json; add a name, then run pytest --regenerate.
 PINNED = ["models", "plan", *(f"weights {name}" for name in WEIGHTS)]
@@ -49,3 +52,11 @@ def test_options(golden):
 def test_every_option_and_command_is_explained(command):
     assert at(command).help
     assert [name for name, option in options(command).items() if not option["explained"]] == []
+
+
+@pytest.mark.parametrize("row", main.COMMANDS, ids=lambda row: row[1])
+def test_the_overview_says_what_the_command_itself_says(row):
+    _, _, place, text = row
+    module, function = place.split(":")
+    command = getattr(import_module(f"isthmus.cli.{module}"), function)
+    assert inspect.getdoc(command).splitlines()[0] == text

@@ -14,20 +14,38 @@ app = App(
     help="Networks made of the bottleneck residual block: on paper, in torch, from any weights, to predictions.",
     version=lambda: version("isthmus"),
 )
-for way, names in {
-    "paper": ("models", "plan"),
-    "work": ("train", "eval", "predict"),
-    "machine": ("env",),
-}.items():
-    for name in names:
-        app.command(f"isthmus.cli.{way}:{name.replace('eval', 'evaluate')}", name=name)
-weights = App(
-    name="weights",
-    help="Weight files: look inside (inspect), write under other names (convert), prove (verify), find (list).",
-)
-for name in ("inspect", "convert", "verify", "list"):
-    weights.command(f"isthmus.cli.weights:{name.replace('list', 'list_weights')}", name=name)
+weights = App(name="weights", help="Weight files: look inside, write under other names, prove and find them.")
 app.command(weights)
+# What a command does is said here too, so that `isthmus --help` imports none of them; a test holds the two together.
+COMMANDS = (
+    (app, "models", "paper:models", "List the networks of the table with their cost."),
+    (app, "plan", "paper:plan", "Show what a network costs and whether its strip pays, before a line of torch runs."),
+    (app, "train", "work:train", "Train a network on your pictures and leave a run folder."),
+    (app, "eval", "work:evaluate", "Measure a run on its validation pictures, or on other labelled pictures."),
+    (app, "predict", "work:predict", "Tell the classes of pictures."),
+    (weights, "inspect", "weights:inspect", "Show what a weight file holds and what looks wrong with it."),
+    (
+        weights,
+        "convert",
+        "weights:convert",
+        "Write weights under the names of another library, and prove that they read back the same.",
+    ),
+    (
+        weights,
+        "verify",
+        "weights:verify",
+        "Compare the outputs of weights with those of the library they are from, or of other weights.",
+    ),
+    (weights, "list", "weights:list_weights", "List published weights."),
+    (
+        app,
+        "env",
+        "machine:env",
+        "Show this machine, what isthmus will use on it, and the versions that decide results.",
+    ),
+)
+for group, name, place, text in COMMANDS:
+    group.command(f"isthmus.cli.{place}", name=name, help=text)
 
 
 def main() -> None:
