@@ -52,6 +52,12 @@ SPECS = {
         PLAIN, shortcut="avg", stages=(*BOTTLENECKS, replace(BOTTLENECKS[1], mid=16, out=64))
     ).with_output_stride(8),
     "dilated basic": replace(PLAIN, stages=(*BASIC, replace(BASIC[1], depth=2, mid=32, out=32))).with_output_stride(8),
+    "stride in the last block": replace(
+        PLAIN,
+        stages=(replace(BOTTLENECKS[0], stride=2, stride_block="last"), replace(BOTTLENECKS[1], stride=1)),
+        shortcut="maxpool",
+        stem=StemSpec(widths=(8,), pool="max_ceil"),
+    ),
     "grey, features": replace(PLAIN, in_channels=1, num_classes=0),
     "silu": replace(PLAIN, activation="silu"),
     "SE": replace(PLAIN, attention="se"),
@@ -136,6 +142,23 @@ def test_gates_of_linear_layers(tmp_path, maps):
     path = write_graph(tmp_path / "a.onnx", net, style=Style(gate="matmul", maps=maps))
     assert torch.equal(read_onnx(path).tensors["layer2.0.se.fc1.weight"], net.state_dict()["layer2.0.se.fc1.weight"])
     assert onnx_parity(path, load(path)) < 1e-5
+
+
+def test_half_precision(tmp_path):
+    net = network(PLAIN)
+    path = write_graph(tmp_path / "a.onnx", net)
+
+    def halve(graph):
+        for tensor in graph.initializer:
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype("f2"), tensor.name))
+        for value in (graph.input[0], graph.output[0]):
+            value.type.tensor_type.elem_type = onnx.TensorProto.FLOAT16
+
+    changed(path, halve)
+    found = load(path)
+    assert torch.equal(found.fc.weight, net.fc.weight.half().float())
+    assert any("half precision" in note for note in read_onnx(path).notes)
+    assert onnx_parity(path, found) < 5e-3
 
 
 @pytest.mark.parametrize("pool", ["global", "window", "mean", "mean_last", "mean_flat"])

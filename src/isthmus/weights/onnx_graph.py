@@ -32,6 +32,7 @@ STEM_POOLS: dict[tuple[tuple[int, ...], bool], Any] = {  # pads and ceil mode of
     ((0, 0, 0, 0), True): "max_ceil",
 }
 RATIOS = (1 / 16, 1 / 4, 1 / 8, 1 / 2, 1 / 32)  # of squeeze-and-excitation's strip; timm's first
+HALF = "the weights are in half precision; the network holds them in single, and rounds less than the graph"
 FOLDED = "norms were already folded into the convolutions, so the network has none"
 
 
@@ -99,7 +100,7 @@ def _spec(found: Parts) -> NetSpec:
     head = of_kind(found.tail, "linear")
     return NetSpec(
         stem=_stem(found.stem, convs),
-        stages=_stages(rows, preact=found.preact),
+        stages=_stages(rows, pooled="maxpool" in kinds),
         shortcut=_first(SHORTCUTS, kinds, "conv1"),
         stride_at="conv1" if early else "conv2",
         norm="batch" if norms else "none",
@@ -166,8 +167,11 @@ def _stem(stem: list[Op], convs: list[Op]) -> StemSpec:
     )
 
 
-def _stages(rows: list[StageSpec], *, preact: bool) -> tuple[StageSpec, ...]:
-    """Blocks of one shape put together; a stage's first block, or its last, may have a stride and another dilation."""
+def _stages(rows: list[StageSpec], *, pooled: bool) -> tuple[StageSpec, ...]:
+    """Blocks of one shape put together; a stage's first block may have a stride and another dilation.
+
+    With `pooled` shortcuts it is the last block that strides (TensorFlow's and Keras' pre-activation networks).
+    """
     stages: list[StageSpec] = []
     for row in rows:
         last = stages[-1] if stages else row
@@ -185,7 +189,7 @@ def _stages(rows: list[StageSpec], *, preact: bool) -> tuple[StageSpec, ...]:
                 "first_dilation": first if first != row.dilation else 0,
             }
             stages[-1] = replace(last, depth=last.depth + 1, **changes)
-        elif alike and preact and last.stride == 1:
+        elif alike and pooled and last.stride == 1:
             stages[-1] = replace(last, depth=last.depth + 1, stride=row.stride, stride_block="last")
         else:
             stages.append(row)
@@ -222,6 +226,8 @@ def _notes(normal: Normal, spec: NetSpec, found: Parts, told: set[str]) -> Itera
         yield "the graph takes pictures as (N, H, W, C); the network takes (N, C, H, W)"
     if any(any(op.window.pads) and op.node.text("auto_pad", "NOTSET").startswith("SAME") for op in found):
         yield f"automatic pads were worked out for pictures of {normal.shape}; at other sizes they may differ"
+    if any(op.weight.dtype.itemsize == 2 for op in of_kind(found, "conv")):
+        yield HALF
     if spec.norm == "none":
         yield FOLDED
     yield from sorted(told)
