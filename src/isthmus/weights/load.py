@@ -177,7 +177,8 @@ def _decided(source: Source) -> tuple[Source, NetSpec]:
     )
     arch = repr(names[0]) if names else "your_spec"
     raise WeightsError(
-        f"{source.name} does not say which network it is for; {fits}. Say it: load({source.name!r}, arch={arch})"
+        f"{source.name} does not say which network it is for; {fits}. Say it: load({source.name!r}, arch={arch}), or "
+        f"--arch on the command line"
     )
 
 
@@ -229,8 +230,8 @@ def _own(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[st
     taken: set[int] = set()
     for name, target in wanted.items():
         tensor = tensors[name].to(torch.get_default_device(), target.dtype).contiguous()
-        owned[name] = tensor.clone() if tensor.data_ptr() in taken else tensor
-        taken.add(owned[name].data_ptr())
+        owned[name] = tensor.clone() if tensor.untyped_storage().data_ptr() in taken else tensor
+        taken.add(owned[name].untyped_storage().data_ptr())
     return owned
 
 
@@ -243,9 +244,7 @@ def _described(net: ResNet, source: Source, fitted: Fitted) -> LoadReport:
             note = f"no preprocessing is known for {spec.in_channels} channels: feed normalised tensors"
             fitted = _noted(fitted, note)
         elif spec.dims != (source.spec.dims if source.spec else 2):
-            note = (
-                f"its preprocessing is of pictures: of {spec.dims}D inputs, scale and normalise the values as it does"
-            )
+            note = f"its preprocessing is of pictures: scale and normalise the values of {spec.dims}D inputs as it does"
             fitted = _noted(fitted, note)
         net.preprocess = record or known
     net.classes = fitted.classes
