@@ -2,6 +2,7 @@
 
 import json
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -184,14 +185,14 @@ def inspection_facts(found: "Inspection") -> Facts:
     """What was found, a line each, in the order of a reader's questions."""
     kinds = ", ".join(f"{kind} ({many} tensors)" for kind, many in found.dtypes.items())
     facts = {
-        "format": f"{found.format}, {found.bytes / 1e6:,.1f} MB",
+        "format": f"{found.format}, {count(found.bytes)}B",
         "layout": layout(found),
         "network": found.network or fits(found.candidates),
         "parameters": f"{found.parameters:,} in {found.tensors} tensors",
         "numbers": kinds,
         "classes": f"{len(found.classes)}: {names(found.classes)}" if found.classes else "not named",
         "preprocessing": str(found.preprocess or "not said"),
-        **{f"metadata {key}": shortened(text) for key, text in found.metadata.items()},
+        **{f"metadata {key}": shortened(text) for key, text in found.metadata.items() if key != "format"},
     }
     return [*facts.items(), *(("note", note) for note in found.notes)]
 
@@ -265,12 +266,17 @@ def verification_facts(found: "Verification") -> Facts:
 
 def agreement_values(found: "Agreement") -> dict[str, Any]:
     """Outputs under the keys of our JSON."""
-    return {"equal": found.equal, **records.to_dict(found)}
+    return finite({"equal": found.equal, **records.to_dict(found)})
 
 
 def comparison_values(found: "TensorComparison") -> dict[str, Any]:
     """Tensors under the keys of our JSON."""
-    return {"same": found.same, **records.to_dict(found)}
+    return finite({"same": found.same, **records.to_dict(found)})
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Values for JSON, which has no word for what is not a number."""
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()}
 
 
 def verification_values(found: "Verification") -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -86,7 +87,8 @@ def compare_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -
         different.append(name)
         if one.shape == other.shape and one.numel():
             gap = float((one.double() - other.double()).abs().max())
-            largest, where = (gap, name) if not gap <= largest else (largest, where)
+            if gap > largest or isnan(gap):  # what is not a number stays the largest: nothing is above it
+                largest, where = gap, name
     return TensorComparison(
         equal=len(shared) - len(different),
         different=tuple(different),

@@ -52,6 +52,10 @@ def push(folder: Path, repo: str) -> str:
 
     Who may write is decided by the token that `hf auth login` or HF_TOKEN left; HF_ENDPOINT names another hub.
     """
+    if not folder.is_dir():
+        raise WeightsError(
+            f"{folder} is no folder as the hub keeps it; write one: --to transformers, a name without ending"
+        )
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
