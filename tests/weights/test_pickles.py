@@ -14,7 +14,8 @@ import torch
 
 from isthmus.errors import WeightsError
 from isthmus.weights import files
-from isthmus.weights.pickles import FREE_STEPS, Budget, ForeignError, Inert, load
+from isthmus.weights.pickle_globals import ForeignError, Inert
+from isthmus.weights.pickles import FREE_STEPS, Budget, load
 
 PROTOCOLS = range(pickle.HIGHEST_PROTOCOL + 1)
 

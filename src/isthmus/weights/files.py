@@ -19,7 +19,7 @@ from isthmus.atomic import atomic_write
 from isthmus.errors import IsthmusError, WeightsError
 from isthmus.weights.hdf5 import SIGNATURE
 from isthmus.weights.keras_files import WEIGHTS_MEMBER, read_keras, read_keras_archive, write_keras
-from isthmus.weights.pickles import ForeignError
+from isthmus.weights.pickle_globals import ForeignError
 from isthmus.weights.safetensors_files import INDEXES, read_index, read_safetensors, save_file
 from isthmus.weights.stored import Span, Stored, read_all
 from isthmus.weights.torch_files import archive_members, is_tar, read_pickle, read_tar, read_zip

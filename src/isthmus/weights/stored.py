@@ -41,11 +41,11 @@ class Stored:
     offset: int = 0
 
     def __post_init__(self) -> None:
-        numbers = (*self.shape, *(self.stride or ()), self.offset)
-        if len(self.shape) > MAX_DIMS or any(type(number) is not int or number < 0 for number in numbers):
+        stride = self.shape if self.stride is None else self.stride
+        if len(self.shape) > MAX_DIMS or len(stride) != len(self.shape):
+            raise ValueError("a tensor with too many dimensions, or with other strides than dimensions")
+        if any(type(number) is not int or number < 0 for number in (*self.shape, *stride, self.offset)):
             raise ValueError("a tensor with an impossible shape")
-        if self.stride is not None and len(self.stride) != len(self.shape):
-            raise ValueError("a tensor with more or fewer strides than dimensions")
         held = self.span.length // self.dtype.itemsize
         last = self.numel - 1
         if self.stride is not None:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from isthmus.weights.pickles import Budget, ForeignError, Storage, StorageType, load
+from isthmus.weights.pickle_globals import ForeignError, Storage, StorageType
+from isthmus.weights.pickles import Budget, load
 from isthmus.weights.stored import Span, Stored, check_apart
 
 __all__ = ["archive_members", "is_tar", "read_pickle", "read_tar", "read_zip"]
@@ -109,7 +110,7 @@ def read_zip(file: BinaryIO, members: dict[str, Span]) -> Any:
 
     def storage(reference: Any) -> Storage:
         _, kind, key, _location, length = reference
-        span = members[f"{folder}data/{key}"]
+        span = members[f"{folder}data/{_key(key)}"]
         return _storage(kind, span, length)
 
     file.seek(pickled.start)
@@ -131,21 +132,21 @@ def read_pickle(file: BinaryIO, path: Path) -> tuple[Any, bool]:
         raise ValueError("an unknown version of torch's format")
     _check_order(load(file, path, size, budget).get("little_endian"))
     start = file.tell()
-    sizes: dict[str, int] = {}
+    sizes: dict[int, int] = {}
 
     def declared(reference: Any) -> Storage:
         _, kind, key, _location, length, _view = reference
-        sizes[str(key)] = _element_size(kind)
+        sizes[_key(key)] = _element_size(kind)
         return _storage(kind, Span(path, 0, size), length)
 
     load(file, path, size, budget, declared)
     keys = load(file, path, size, budget)
-    spans = {str(key): _next_storage(file, path, size, sizes[str(key)]) for key in keys}
+    spans = {_key(key): _next_storage(file, path, size, sizes[_key(key)]) for key in keys}
 
     def found(reference: Any) -> Storage:
         _, kind, key, _location, length, view = reference
         first = view[1] if view is not None else 0
-        return _storage(kind, spans[str(key)], length, first)
+        return _storage(kind, spans[_key(key)], length, first)
 
     file.seek(start)
     return load(file, path, size, Budget(size), found), True
@@ -196,7 +197,7 @@ def read_tar(file: BinaryIO, path: Path) -> Any:
 
     span = members["pickle"]
     file.seek(span.start)
-    return pickled(span.start + span.length, lambda reference: tensors[int(reference)])
+    return pickled(span.start + span.length, lambda reference: tensors[_key(reference)])
 
 
 def _tar_members(file: BinaryIO, path: Path) -> Iterator[tuple[str, Span]]:
@@ -245,7 +246,8 @@ def _count(number: Any) -> int:
     return number
 
 
-def _key(key: Any) -> int | str:
+def _key(key: Any) -> int:
+    """A storage's key, which torch writes as a number or as its digits."""
     if not isinstance(key, int | str):
         raise TypeError("a storage's key that is no number")
     return int(key)
