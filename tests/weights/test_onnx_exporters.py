@@ -12,11 +12,13 @@ import pytest
 import timm
 import torch
 
+from isthmus.arch.plan import plan
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
 from isthmus.arch.variants import variant
 from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.load import load
+from isthmus.weights.onnx_graph import read_onnx
 from isthmus.weights.onnx_parity import onnx_outputs, onnx_parity
 from oracles import randomise, relative_error
 
@@ -32,7 +34,7 @@ V2 = replace(
     V1,
     stages=(
         StageSpec(depth=2, mid=4, out=16, block="preact_bottleneck", stride=2, stride_block="last"),
-        StageSpec(depth=2, mid=8, out=32, block="preact_bottleneck"),
+        StageSpec(depth=2, mid=8, out=32, block="preact_bottleneck", stride_block="last"),
     ),
     stride_at="conv2",
     shortcut="maxpool",
@@ -117,6 +119,41 @@ def test_torch(tmp_path, name, exporter, separate):
     assert relative_error(net(x), module(x)) < TOLERANCE
 
 
+OURS = {
+    "pad": replace(
+        V1,
+        stages=(
+            StageSpec(depth=1, mid=8, out=8, block="basic"),
+            StageSpec(depth=1, mid=16, out=16, block="basic", stride=2),
+        ),
+        stride_at="conv2",
+        shortcut="pad",
+        stem=StemSpec(widths=(8,), kernel=3, stride=1, pool="none"),
+    ),
+    "dilated average": replace(
+        V1, stride_at="conv2", shortcut="avg", stages=(*V1.stages, StageSpec(depth=2, mid=8, out=64, stride=2))
+    ).with_output_stride(8),
+    "Keras V2": V2,
+    "silu, ECA": replace(V1, activation="silu", attention="eca"),
+}
+
+
+@pytest.mark.parametrize("name", OURS)
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx", "ignore::UserWarning:torch.onnx")
+def test_our_own_networks_through_torch(tmp_path, name):
+    """What no other library here makes; with every norm as it is, all tensors come back to the bit."""
+    net = randomise(ResNet(plan(OURS[name], 65))).float()
+    path = export(net, tmp_path / "a.onnx", exporter="script", separate=True, size=65)
+    found = read_onnx(path)
+    assert found.spec == replace(OURS[name], name="a")
+    state = net.state_dict()
+    assert set(found.tensors) == set(state)
+    assert all(torch.equal(tensor, state[key]) for key, tensor in found.tensors.items() if tensor.is_floating_point())
+    path = export(net, tmp_path / "folded.onnx", exporter="script", size=65)
+    assert onnx_parity(path, load(path)) < TOLERANCE
+
+
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based ONNX export:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:torch.onnx")
 def test_a_network_of_the_table_gets_its_name_and_other_activations_are_found(tmp_path):
@@ -154,6 +191,8 @@ def check_keras(folder, name, way):
     assert relative_error(mine, torch.from_numpy(np.load(folder / f"{name}.npy")).double()) < TOLERANCE
 
 
+TF2ONNX = [(name, way) for name in ("v1", "v2") for way in ("from_keras", "from_function", "channels_first")]
+TF2ONNX += [("resnet50", "from_keras"), ("resnet50v2", "from_keras")]  # whole networks of the table
 needs_tensorflow = pytest.mark.skipif(
     not (find_spec("tensorflow") and find_spec("tf2onnx")), reason="TensorFlow or tf2onnx is not installed"
 )
@@ -171,8 +210,7 @@ def by_tensorflow(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def by_tf2onnx(tmp_path_factory):
-    cases = [f"{name}:{way}" for name in KERAS for way in ("from_keras", "from_function", "channels_first")]
-    return keras_graphs(tmp_path_factory.mktemp("tf2onnx"), "tensorflow", cases)
+    return keras_graphs(tmp_path_factory.mktemp("tf2onnx"), "tensorflow", [f"{name}:{way}" for name, way in TF2ONNX])
 
 
 @pytest.mark.parametrize("name", ["v1", "v2"])
@@ -188,8 +226,7 @@ def test_keras_on_tensorflow(by_tensorflow, name):
 
 @needs_tensorflow
 @pytest.mark.long
-@pytest.mark.parametrize("way", ["from_keras", "from_function", "channels_first"])
-@pytest.mark.parametrize("name", KERAS)
+@pytest.mark.parametrize(("name", "way"), TF2ONNX)
 def test_tf2onnx(by_tf2onnx, name, way):
     check_keras(by_tf2onnx, name, way)
 

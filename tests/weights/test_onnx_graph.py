@@ -31,7 +31,9 @@ PREACT = tuple(replace(stage, block="preact_bottleneck") for stage in BOTTLENECK
 PLAIN = NetSpec(stages=BOTTLENECKS, stem=StemSpec(widths=(8,)), num_classes=5)
 KERAS_V2 = replace(
     PLAIN,
-    stages=(replace(PREACT[0], stride=2, stride_block="last"), replace(PREACT[1], stride=1)),
+    stages=tuple(
+        replace(stage, stride=stride, stride_block="last") for stage, stride in zip(PREACT, (2, 1), strict=True)
+    ),
     shortcut="maxpool",
     stem=StemSpec(widths=(8,), pool="max_zero", bias=True),
 )
@@ -54,7 +56,10 @@ SPECS = {
     "dilated basic": replace(PLAIN, stages=(*BASIC, replace(BASIC[1], depth=2, mid=32, out=32))).with_output_stride(8),
     "stride in the last block": replace(
         PLAIN,
-        stages=(replace(BOTTLENECKS[0], stride=2, stride_block="last"), replace(BOTTLENECKS[1], stride=1)),
+        stages=tuple(
+            replace(stage, stride=stride, stride_block="last")
+            for stage, stride in zip(BOTTLENECKS, (2, 1), strict=True)
+        ),
         shortcut="maxpool",
         stem=StemSpec(widths=(8,), pool="max_ceil"),
     ),
@@ -144,6 +149,57 @@ def test_gates_of_linear_layers(tmp_path, maps):
     assert onnx_parity(path, load(path)) < 1e-5
 
 
+def as_node(tensor):
+    """A constant as a node, by the shortest way that there is."""
+    array = onnx.numpy_helper.to_array(tensor)
+    word = {np.dtype("f4"): "float", np.dtype("i8"): "int"}[array.dtype]
+    if array.ndim == 0:
+        value = {f"value_{word}": array.item()}
+    elif array.ndim == 1:
+        value = {f"value_{word}s": array.tolist()}
+    else:
+        value = {"value": tensor}
+    return onnx.helper.make_node("Constant", [], [tensor.name], **value)
+
+
+def test_constants_as_nodes(tmp_path):
+    net = network(SPECS["pre-activation"])
+    path = write_graph(tmp_path / "a.onnx", net, style=Style(norm="statistics", pads="node"))
+
+    def move(graph):
+        nodes = [*map(as_node, graph.initializer), *graph.node]
+        graph.ClearField("initializer")
+        graph.ClearField("node")
+        graph.node.extend(nodes)
+
+    wanted = read_onnx(path)
+    changed(path, move)
+    found = read_onnx(path)
+    assert found.spec == wanted.spec
+    assert all(torch.equal(tensor, wanted.tensors[name]) for name, tensor in found.tensors.items())
+
+
+@pytest.mark.parametrize(("size", "pool"), [(64, "max_ceil"), (65, "max")])
+def test_automatic_pads_are_worked_out(tmp_path, size, pool):
+    """TensorFlow's SAME depends on the size: of an even map it pads only the end, of an odd one both sides."""
+    spec = replace(PLAIN, stem=StemSpec(widths=(8,), kernel=3, pool=pool, stride=1))
+    path = write_graph(tmp_path / "a.onnx", network(spec, size))
+
+    def automatic(graph):
+        pool = node(graph, "MaxPool")
+        pool.attribute.remove(next(item for item in pool.attribute if item.name == "pads"))
+        pool.attribute.append(onnx.helper.make_attribute("auto_pad", "SAME_UPPER"))
+
+    changed(path, automatic)
+    found = read_onnx(path)
+    assert found.spec.stem.pool == pool
+    assert any("automatic pads" in note for note in found.notes)
+    assert onnx_parity(path, load(path)) < 1e-5
+    changed(path, lambda graph: graph.input[0].type.tensor_type.shape.dim[2].ClearField("dim_value"))
+    with pytest.raises(WeightsError, match="automatic padding depends on the picture's size"):
+        read_onnx(path)
+
+
 def test_half_precision(tmp_path):
     net = network(PLAIN)
     path = write_graph(tmp_path / "a.onnx", net)
@@ -162,8 +218,10 @@ def test_half_precision(tmp_path):
 
 
 @pytest.mark.parametrize("pool", ["global", "window", "mean", "mean_last", "mean_flat"])
-@pytest.mark.parametrize("classifier", ["gemm", "gemm_plain", "matmul"])
+@pytest.mark.parametrize("classifier", ["gemm", "gemm_plain", "matmul", "conv"])
 def test_heads(tmp_path, pool, classifier):
+    if classifier == "conv" and pool not in ("global", "mean"):
+        pytest.skip("a convolution needs the axes of the map, of which these pools leave none or a window")
     net = network(PLAIN)
     path = write_graph(tmp_path / "a.onnx", net, pool=pool, classifier=classifier, channels_last=True)
     found = read_onnx(path)

@@ -193,7 +193,8 @@ def _stages(rows: list[StageSpec], *, pooled: bool) -> tuple[StageSpec, ...]:
             stages[-1] = replace(last, depth=last.depth + 1, stride=row.stride, stride_block="last")
         else:
             stages.append(row)
-    return tuple(stages)
+    # A stage without a stride has no place for one; it is named as the others are.
+    return tuple(replace(stage, stride_block="last") if pooled and stage.stride == 1 else stage for stage in stages)
 
 
 def _squeezed(spec: NetSpec, found: Parts, size: tuple[int, ...]) -> NetSpec:
