@@ -65,10 +65,22 @@ def bare(make: Callable[[], nn.Module]) -> nn.Module:
     return module if all(name in known for name, _ in module.named_buffers()) else make()
 
 
-def trimmed(spec: NetSpec) -> tuple[NetSpec, dict[str, tuple[int, ...]]]:
-    """At most two blocks a stage, the striding one and one that repeats: our spec, and the option for timm."""
-    stages = tuple(replace(stage, depth=min(stage.depth, 2)) for stage in spec.stages)
+def trimmed(spec: NetSpec, *, later: int = 2) -> tuple[NetSpec, dict[str, tuple[int, ...]]]:
+    """At most two blocks a stage, the striding one and one that repeats: our spec, and the option for timm.
+
+    `later` is the most after the first stage.
+    """
+    most = (2, *(later,) * (len(spec.stages) - 1))
+    stages = tuple(
+        replace(stage, depth=min(stage.depth, count)) for stage, count in zip(spec.stages, most, strict=True)
+    )
     return replace(spec, stages=stages), {"layers": tuple(stage.depth for stage in stages)}
+
+
+def small(spec: NetSpec) -> NetSpec:
+    """Two blocks in the first stage and one in the others, half as wide: for libraries that take widths."""
+    stages = trimmed(spec, later=1)[0].stages
+    return replace(spec, stages=tuple(replace(stage, mid=stage.mid // 2, out=stage.out // 2) for stage in stages))
 
 
 def ours(spec: NetSpec | str, size: Size, state: Mapping[str, Tensor]) -> ResNet:

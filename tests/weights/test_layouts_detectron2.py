@@ -16,9 +16,13 @@ from isthmus.arch.plan import plan
 from isthmus.arch.variants import variant, variants
 from isthmus.nn.network import ResNet
 from isthmus.weights.layouts import carriers, detect, from_native, pairs, to_native
-from oracles import bare, ours, picture, random_state, randomise, relative_error, seed_of, trimmed
+from oracles import bare, ours, picture, random_state, randomise, relative_error, seed_of, small
 
-DETECTRON2 = [name for name in variants() if "detectron2" in carriers(variant(name)) and variant(name).norm == "batch"]
+DETECTRON2 = [
+    pytest.param(name, marks=[pytest.mark.long] * (sum(stage.depth for stage in variant(name).stages) > 20))
+    for name in variants()
+    if "detectron2" in carriers(variant(name)) and variant(name).norm == "batch"
+]
 TOLERANCE = 1e-8
 
 
@@ -115,7 +119,7 @@ def test_names_and_shapes_are_detectron2s(name):
 )
 def test_detectron2(name):
     """Theirs, random, to ours; then ours, random, to theirs; a detector's prefix and a converted classifier's name."""
-    spec, _ = trimmed(variant(name))
+    spec = small(variant(name))
     theirs, x = randomise(bare(lambda: Net(spec)), seed_of(name)), picture(1, 3, 33, 33)
     state = to_native(theirs.state_dict(), "detectron2", spec).tensors
     assert relative_error(ours(spec, 33, state)(x), theirs(x)) <= TOLERANCE
@@ -134,6 +138,17 @@ def test_detectron2(name):
 
 
 @torch.inference_mode()
+@pytest.mark.long
+def test_a_whole_network():
+    spec, x = variant("resnet50_v1"), picture(1, 3, 224, 224)
+    theirs = randomise(bare(lambda: Net(spec)))
+    state = to_native(theirs.state_dict(), "detectron2", spec).tensors
+    assert relative_error(ours(spec, 224, state)(x), theirs(x)) <= TOLERANCE
+    wanted = caffe2_logits(from_native(state, "detectron2_msra", spec).tensors, x)
+    assert relative_error(wanted, theirs(x)) <= TOLERANCE
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize(
     ("name", "groups", "strided"),
     [
@@ -145,7 +160,7 @@ def test_detectron2(name):
 )
 def test_caffe2(name, groups, strided):
     """Our statistics become part of a scale and a shift, and theirs get statistics that are the identity."""
-    spec, _ = trimmed(variant(name))
+    spec = small(variant(name))
     norms = sum(
         layer.kind == "norm" for block in plan(spec).blocks for layer in block.spec.main + block.spec.downsample
     )
@@ -193,7 +208,7 @@ def test_names_of_msras_file():
 @torch.inference_mode()
 def test_a_bias_beside_a_scale_and_a_shift():
     """As in the stem of MSRA's ResNet-50; and `pred` for the classifier."""
-    spec, _ = trimmed(variant("resnet50_v1"))
+    spec = small(variant("resnet50_v1"))
     state, x = random_state(bare(lambda: ResNet(plan(spec)))), picture(1, 3, 33, 33)
     blobs = from_native(state, "detectron2_msra", spec).tensors | {"conv1_b": picture(64)}
     wanted = caffe2_logits(blobs, x)
@@ -215,7 +230,7 @@ def test_a_bias_beside_a_scale_and_a_shift():
 )
 def test_norms_with_statistics_keep_them(spelling):
     """The spellings of statistics that c2_model_loading.py reads."""
-    spec, _ = trimmed(variant("resnet50_v1"))
+    spec = small(variant("resnet50_v1"))
     state = random_state(bare(lambda: ResNet(plan(spec))))
     blobs = from_native(state, "detectron2_msra", spec).tensors
     for pair in pairs("detectron2_msra", spec):

@@ -28,8 +28,10 @@ WHOLE = {
     "resnetv2_101_keras": "ResNet101V2",
     "resnetv2_152_keras": "ResNet152V2",
 }
-DEPTHS = [(2, 2, 2, 2), (3, 2, 2, 2), (2, 3, 2, 4)]
-SMALL = [(layout, depths) for layout in ("keras", "keras_v2") for depths in DEPTHS]
+SMALL = [
+    *(("keras", depths) for depths in [(2, 1, 1, 1), (1, 3, 1, 1), (1, 1, 2, 1)]),
+    *(("keras_v2", depths) for depths in [(2, 2, 2, 2), (3, 2, 2, 2), (2, 3, 4, 2)]),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -41,8 +43,12 @@ def double_precision():
 
 
 def small_spec(layout, depths):
+    """Half as wide."""
     spec = variant({"keras": "resnet50_keras", "keras_v2": "resnetv2_50_keras"}[layout])
-    stages = tuple(replace(stage, depth=depth) for stage, depth in zip(spec.stages, depths, strict=True))
+    stages = tuple(
+        replace(stage, depth=depth, mid=stage.mid // 2, out=stage.out // 2)
+        for stage, depth in zip(spec.stages, depths, strict=True)
+    )
     return replace(spec, stages=stages, num_classes=7)
 
 
@@ -103,10 +109,12 @@ def sizes(tensors):
     "name", [pytest.param(name, marks=[pytest.mark.long] * ("152" in name or "101" in name)) for name in WHOLE]
 )
 def test_names_and_shapes_are_keras(name):
+    """In Keras' order, by which it reads a file of weights."""
     layout = "keras_v2" if "v2" in name else "keras"
     theirs = getattr(keras.applications, WHOLE[name])(weights=None, input_shape=(64, 64, 3))
     native = bare(lambda: ResNet(plan(name))).state_dict()
-    assert sizes(from_native(native, layout, variant(name)).tensors) == sizes(tensors_of(theirs))
+    found = sizes(from_native(native, layout, variant(name)).tensors)
+    assert list(found.items()) == list(sizes(tensors_of(theirs)).items())
 
 
 def test_a_trunk_without_classifier():
@@ -155,11 +163,11 @@ def test_whole_networks(name):
 
 
 def test_a_network_of_another_epsilon_is_the_same_function_in_keras():
-    spec = replace(small_spec("keras", DEPTHS[0]), norm_eps=1e-2, name="mine")
+    spec = replace(small_spec("keras", (2, 1, 1, 1)), norm_eps=1e-2, name="mine")
     theirs, x = keras_net("keras", spec, 33), picture(1, 3, 33, 33)
     state = random_state(bare(lambda: ResNet(plan(spec))))
     foreign, notes = from_native(state, "keras", spec)
-    assert notes == ("variances of 29 norms changed by 0.00999, for epsilon 1.001e-05",)
+    assert notes == ("variances of 20 norms changed by 0.00999, for epsilon 1.001e-05",)
     fill(theirs, foreign)
     assert relative_error(ours(spec, 33, state)(x), logits(theirs, x)) <= TOLERANCE
 
@@ -178,10 +186,10 @@ def test_a_network_of_another_epsilon_is_the_same_function_in_keras():
         ("keras_v2", "unfolded"),
         ("keras_v2", "stream unfolded"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else next(iter(value)),
 )
 def test_mutations_fail(layout, change):
-    spec, side = small_spec(layout, DEPTHS[0]), 33
+    spec, side = small_spec(layout, (2, 2, 2, 2)), 33
     theirs, x = keras_net(layout, spec, side), picture(1, 3, side, side)
     randomise(theirs, 0)
     wanted, found = logits(theirs, x), tensors_of(theirs)

@@ -157,6 +157,9 @@ def _file(
     except WeightsError:
         if values:
             raise
+    if not layout and source.layout not in ("", "native"):
+        best, second, *_ = layouts.evidence(content.tensors)
+        source = replace(source, notes=(*source.notes, f"layout {best}, before {second}"))
     config = _json(path.parent / hub.CONFIG) if beside else None
     if config is not None:
         source = _described(source, config, _json(path.parent / hub.PREPROCESSOR))
