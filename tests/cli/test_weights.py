@@ -163,7 +163,7 @@ def test_verify_beside_a_library_on_pictures_of_ones_own(isthmus, tmp_path):
     result = isthmus("weights", "verify", "demo", "--pictures", str(tmp_path / "photos"))
     assert (result.status, result.err) == (0, "")
     assert "onnxruntime" in result.out
-    assert "of 2 pictures, the same best class for 2" in result.out
+    assert "the same best class for 2 of 2 pictures" in result.out
 
 
 def test_verify_says_when_nothing_was_compared(isthmus, ours):

@@ -247,7 +247,7 @@ def output_facts(found: "Agreement | None") -> Facts:
     if found is None:
         return []
     allowed = f"{found.tolerance:.0e} is allowed, computed in {found.precision}"
-    facts = [f"of {found.pictures} pictures, the same best class for {found.same_top1}"]
+    facts = [f"the same best class for {found.same_top1} of {found.pictures} pictures"]
     if found.difference:
         facts.append(
             f"largest difference {found.difference:.1e}: {found.relative:.1e} of the largest output; {allowed}"

@@ -102,9 +102,10 @@ def to_native(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> Tran
     if table.same_names:
         return Translated(dict(tensors), ())
     net = plan(replace(spec, head=HeadSpec(), num_classes=spec.num_classes or 1))  # a file may have a head of its own
+    every = _pairs(table, net)
     back = {
         foreign + suffix: (pair, leaf)
-        for pair in _pairs(table, net)
+        for pair in every
         for foreign in pair.foreign
         for leaf, suffixes in table.leaves[pair.kind].items()
         for suffix in _each(suffixes)
@@ -116,7 +117,7 @@ def to_native(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> Tran
         if name in renamed:
             raise WeightsError(f"two tensors are {name} in layout {layout}, one of them {key}; leave one out")
         renamed[name] = _as_ours(tensor, pair.kind, table) if pair and leaf == "weight" else tensor
-    norms = [pair.native for pair in _pairs(table, net) if pair.kind == "norm"]
+    norms = [pair.native for pair in every if pair.kind == "norm"]
     notes = []
     completed = _complete_statistics(renamed, norms, spec.norm_eps) if table.affine_norms else 0
     if completed:
@@ -139,8 +140,8 @@ def from_native(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> Tr
     _check_carries(table, spec)
     if table.same_names:
         return Translated(dict(tensors), ())
-    pairs = {pair.native: pair for pair in _pairs(table, plan(spec))}
-    norms = [pair.native for pair in pairs.values() if pair.kind == "norm"]
+    by_name = {pair.native: pair for pair in _pairs(table, plan(spec))}
+    norms = [pair.native for pair in by_name.values() if pair.kind == "norm"]
     ours, notes = dict(tensors), list[str]()
     if table.affine_norms:
         if folded := _fold_statistics(ours, norms, spec.norm_eps):
@@ -151,9 +152,9 @@ def from_native(tensors: Mapping[str, Tensor], layout: str, spec: NetSpec) -> Tr
     renamed: dict[str, Tensor] = {}
     for key, tensor in ours.items():
         module, _, leaf = key.rpartition(".")
-        if module not in pairs:
+        if module not in by_name:
             raise WeightsError(f"layout {layout} has no name for {key}; use layout='native'")
-        pair = pairs[module]
+        pair = by_name[module]
         start = pair.foreign[0] if pair.kind == "linear" else prefix + pair.foreign[0]
         suffixes = table.leaves[pair.kind]
         if leaf not in suffixes:
@@ -338,16 +339,15 @@ def _complete_statistics(tensors: dict[str, Tensor], norms: Iterable[str], eps: 
 
 
 def _fold_statistics(tensors: dict[str, Tensor], norms: Iterable[str], eps: float) -> int:
-    """Make norms a scale and a shift; how many there were."""
-    count = 0
-    for norm in norms:
+    """Make norms that have statistics a scale and a shift; how many there were."""
+    found = [norm for norm in norms if f"{norm}.running_mean" in tensors]
+    for norm in found:
         weight, bias = tensors[f"{norm}.weight"], tensors[f"{norm}.bias"]
         mean, var = tensors.pop(f"{norm}.running_mean"), tensors.pop(f"{norm}.running_var")
         scale = weight.double() / (var.double() + eps).sqrt()
         tensors[f"{norm}.weight"] = scale.to(weight.dtype)
         tensors[f"{norm}.bias"] = (bias.double() - mean.double() * scale).to(bias.dtype)
-        count += 1
-    return count
+    return len(found)
 
 
 def _change_epsilon(tensors: dict[str, Tensor], norms: Iterable[str], there: float, here: float) -> tuple[str, ...]:
@@ -364,13 +364,23 @@ def _fold_biases(tensors: dict[str, Tensor], net: Plan) -> int:
     """Take biases that our convolutions lack off the means of the norms that read them; how many there were.
 
     A pre-activation block adds the bias of its last convolution and of its shortcut's to the stream, whence it reaches
-    the norms further on, up to the next convolution in a shortcut; a pool in a shortcut lets it through.
+    the norms further on, up to the next convolution in a shortcut; a pool in a shortcut lets it through. A bias that no
+    norm reads stays, for which there is no place.
     """
     biases = {
-        name: tensors.pop(key)
+        name: tensors[key]
         for name, layer, _ in modules(net)
         if layer.kind == "conv" and not layer.bias and (key := f"{name}.bias") in tensors
     }
+    if not biases:
+        return 0
+    folded: list[str] = []
+
+    def take(name: str) -> Tensor | float:
+        if name not in biases:
+            return 0.0
+        folded.append(name)
+        return tensors.pop(f"{name}.bias").double()
 
     def shift(norm: str, offset: Tensor | float) -> None:
         if (key := f"{norm}.running_mean") in tensors:
@@ -379,11 +389,9 @@ def _fold_biases(tensors: dict[str, Tensor], net: Plan) -> int:
 
     def fold(path: str, layers: tuple[Layer, ...]) -> None:
         for layer, reader in pairwise(layers):
-            if reader.kind == "norm" and (bias := biases.get(path + layer.name)) is not None:
-                shift(path + reader.name, bias.double())
+            if layer.kind == "conv" and reader.kind == "norm":
+                shift(path + reader.name, take(path + layer.name))
 
-    if not biases:
-        return 0
     fold("", net.stem)
     stream: Tensor | float = 0.0
     for block in net.blocks:
@@ -395,7 +403,6 @@ def _fold_biases(tensors: dict[str, Tensor], net: Plan) -> int:
             if any(layer.kind == "conv" for layer in downsample):
                 stream = 0.0
             for layer in (*downsample, main[-1]):
-                if (bias := biases.get(path + layer.name)) is not None:
-                    stream = stream + bias.double()
+                stream = stream + take(path + layer.name)
     shift("norm", stream)
-    return len(biases)
+    return len(folded)
