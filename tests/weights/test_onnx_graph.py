@@ -276,7 +276,7 @@ def test_the_demo_computes_as_onnxruntime_on_five_photos():
         found = net(mine)
     wanted = run(model.SerializeToString(), theirs, softmax.input[0])
     assert (record.channels, record.squash, net.classes) == ("BGR", True, ("sfw", "nsfw"))
-    assert relative(found, wanted) <= 1e-4
+    assert relative(found, wanted) <= 1e-5
 
 
 def changed(path, change):

@@ -64,7 +64,7 @@ def changed(model, rng):
     return model
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(1500, marks=pytest.mark.long)])
+@pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.long)])
 def test_mutations(written, count):
     rng, endings = random.Random(count), Counter()
     raw = written.read_bytes()
