@@ -16,7 +16,13 @@ from isthmus.nn.layers import AveragePool
 from isthmus.nn.network import ResNet
 from oracles import bare, ours, picture, random_state, relative_error, timm_net, trimmed
 
-NAMES = ["resnet18", "resnet50", "resnet26d", "resnext50_32x4d", "seresnet50", "ecaresnet50d", "resnetrs50"]
+NAMES = [
+    "resnet18",
+    "resnet26d",
+    "resnext50_32x4d",
+    "seresnet18",
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("resnet50", "seresnet50", "ecaresnet50d", "resnetrs50")),
+]
 
 
 def slices(state, spec, axis):

@@ -35,6 +35,16 @@ def network(spec, seed=0):
     return randomise(ResNet(plan(spec, 33)), seed)
 
 
+def small(name, dims=2):
+    """A variant at half its widths and at most two blocks a stage: what it has, in a fraction of the time."""
+    spec, _ = trimmed(variant(name))
+    stem = replace(spec.stem, widths=tuple(width // 2 for width in spec.stem.widths))
+    stages = tuple(
+        replace(stage, mid=stage.mid // 2, out=stage.out // 2, reduce=stage.reduce // 2) for stage in spec.stages
+    )
+    return replace(spec, stem=stem, stages=stages, dims=dims, num_classes=10)
+
+
 # -- input channels --------------------------------------------------------------------------------------------------
 
 
@@ -110,13 +120,13 @@ def adapted(net, dims, how="mean"):
 @torch.inference_mode()
 def difference(net, other, *, repeats):
     """Relative error of the logits of two networks, fed one random input that is constant along what one lacks."""
-    small, large = sorted((net, other), key=lambda one: one.spec.dims)
-    few, many = small.spec.dims, large.spec.dims
+    lesser, larger = sorted((net, other), key=lambda one: one.spec.dims)
+    few, many = lesser.spec.dims, larger.spec.dims
     if repeats:
-        repeat_padding(large, many - few)
+        repeat_padding(larger, many - few)
     x = picture(2, net.spec.in_channels, *(40, 33)[:few])
     wide = x[(slice(None), slice(None), *(None,) * (many - few))].expand(-1, -1, *(9,) * (many - few), *x.shape[2:])
-    return relative_error(large(wide), small(x))
+    return relative_error(larger(wide), lesser(x))
 
 
 KINDS = [
@@ -131,14 +141,14 @@ KINDS = [
     "resnetv2_50",
     "resnetv2_50d",
     "resnet20_cifar",
-    *(pytest.param(name, marks=pytest.mark.long) for name in ("resnetrs50", "senet154", "resnet50", "resnetv2_101")),
+    *(pytest.param(name, marks=pytest.mark.long) for name in ("resnetrs50", "senet154", "seresnext50_32x4d")),
 ]
 
 
 @pytest.mark.parametrize("how", ["mean", "centre"])
 @pytest.mark.parametrize("name", KINDS)
 def test_a_clip_of_one_repeated_picture_has_the_pictures_logits(name, how):
-    flat = network(trimmed(variant(name))[0])
+    flat = network(small(name))
     assert difference(flat, adapted(flat, 3, how), repeats=how == "mean") <= TOLERANCE
 
 
@@ -148,9 +158,9 @@ def test_zero_padding_is_seen_by_the_mean():
 
 
 @pytest.mark.parametrize(("old", "new"), list(permutations((1, 2, 3), 2)))
-@pytest.mark.parametrize("name", ["resnet10t", "seresnext26d_32x4d", "ecaresnet26t"])
+@pytest.mark.parametrize("name", ["resnet10t", "ecaresnet26t"])
 def test_from_any_dimensions_to_any(name, old, new):
-    net = network(trimmed(replace(variant(name), dims=old))[0])
+    net = network(small(name, old))
     assert difference(net, adapted(net, new), repeats=True) <= TOLERANCE
 
 
