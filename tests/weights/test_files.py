@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -235,6 +236,17 @@ def test_shards(tmp_path):
     seen = files.headers(index)
     assert seen.bytes == sum(path.stat().st_size for path in shards)
     assert seen.entries["conv1.weight"] == ((4, 3, 3, 3), "float32")
+
+
+@pytest.mark.long
+def test_shards_that_transformers_writes(tmp_path):
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 1], num_labels=3)
+    net = transformers.ResNetForImageClassification(config)
+    net.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+    found = files.read(tmp_path).tensors
+    assert set(found) == set(net.state_dict())
+    assert all(torch.equal(found[name], tensor) for name, tensor in net.state_dict().items())
 
 
 def test_shards_of_torch(tmp_path):
