@@ -2,7 +2,6 @@
 
 import builtins
 import io
-import sys
 from dataclasses import replace
 
 import pytest
@@ -109,7 +108,7 @@ def test_what_is_no_weight_file(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pth", "a.h5"])
 def test_headers_are_enough(tmp_path, monkeypatch, name):
-    """Whatever is opened, a small part of it is read; and torch's compiler, which takes seconds, is left alone."""
+    """Whatever is opened, a small part of it is read."""
     spec = replace(variant("resnet50_v1"), num_classes=5)
     spec = replace(spec, stages=tuple(replace(stage, depth=1) for stage in spec.stages))
     save_weights(isthmus.create(spec), path := tmp_path / name, layout="keras" if name == "a.h5" else "native")
@@ -134,7 +133,6 @@ def test_headers_are_enough(tmp_path, monkeypatch, name):
 
     real = builtins.open
     monkeypatch.setattr(io, "open", counted)
-    monkeypatch.setitem(sys.modules, "torch._dynamo", None)
     monkeypatch.setattr("isthmus.weights.catalog.known", lambda _: None)  # hashing what says nothing of itself
     assert inspect_weights(path).tensors > 50
     assert 0 < sum(seen) < path.stat().st_size / 5

@@ -383,8 +383,8 @@ def _fold_biases(tensors: dict[str, Tensor], net: Plan) -> int:
         return tensors.pop(f"{name}.bias").double()
 
     def shift(norm: str, offset: Tensor | float) -> None:
-        if (key := f"{norm}.running_mean") in tensors:
-            mean = tensors[key]
+        mean = tensors.get(key := f"{norm}.running_mean")
+        if mean is not None and not mean.is_meta:  # torch would import its compiler (seconds) to compute nothing
             tensors[key] = (mean.double() - offset).to(mean.dtype)
 
     def fold(path: str, layers: tuple[Layer, ...]) -> None:
