@@ -223,6 +223,15 @@ def test_the_classifier_of_a_file_is_found_whatever_head_the_network_has():
         assert {"fc.weight", "fc.bias"} <= set(to_native(foreign, "transformers", changed).tensors)
 
 
+def test_a_bias_that_no_norm_reads_is_not_lost():
+    """It stays where loading finds it and says that it has no place."""
+    spec, bias = trimmed(variant("resnetv2_50"))[0], torch.ones(64)
+    foreign = from_native(numbered(spec), "timm_resnetv2", spec).tensors | {"stem.conv.bias": bias}
+    found, notes = to_native(foreign, "timm_resnetv2", spec)
+    assert found["conv1.bias"] is bias
+    assert notes == ()
+
+
 def test_values_survive_the_change_of_the_classifier_bit_for_bit():
     spec = replace(variant("resnetv2_50"), num_classes=7)
     weight = torch.randn(7, 2048)
