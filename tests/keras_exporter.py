@@ -37,7 +37,6 @@ def small(version, first, second):
 NETWORKS = {
     "v1": lambda: small("v1", 1, 2),
     "v2": lambda: small("v2", 2, 1),
-    "resnet50": lambda: keras.applications.ResNet50(weights=None, input_shape=SHAPE[1:], classes=5),
     "resnet50v2": lambda: keras.applications.ResNet50V2(weights=None, input_shape=SHAPE[1:], classes=5),
 }
 

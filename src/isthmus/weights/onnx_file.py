@@ -45,7 +45,8 @@ class Node:
 
     def fail(self, reason: str) -> NoReturn:
         """Raise WeightsError naming this node."""
-        raise WeightsError(f"ONNX node {self.name or ', '.join(self.outputs)!r} ({self.op}): {reason}")
+        name = self.name or ", ".join(self.outputs)
+        raise WeightsError(f"ONNX node {name[:99]!r} ({self.op[:99]}): {reason}")
 
     def integer(self, name: str, default: int) -> int:
         """An attribute that is one whole number."""
@@ -116,18 +117,20 @@ class _Reader:
         raise WeightsError(f"{self.path} {reason}")
 
     def graph(self, graph: Any) -> Graph:
-        count = max(len(graph.node), len(graph.initializer))
+        count = max(map(len, (graph.node, graph.initializer, graph.input, graph.output)))
         if count > MOST_ITEMS:
-            self.fail(f"has {count} nodes or constants; no network of this family has more than {MOST_ITEMS}")
+            self.fail(
+                f"has {count} nodes, constants, inputs or outputs; no network of this family has more than {MOST_ITEMS}"
+            )
         if graph.sparse_initializer:
             self.fail("has sparse constants; export it with dense ones")
         constants = {tensor.name: self.array(tensor) for tensor in graph.initializer}
         pictures = [value for value in graph.input if value.name not in constants]
         shapes = [self.shape(value) for value in pictures]
         if len(shapes) != 1 or len(shapes[0]) != 4:
-            self.fail(f"takes inputs of shapes {shapes}; a network of pictures takes one, (N, C, H, W)")
+            self.fail(f"takes inputs of shapes {shapes[:9]}; a network of pictures takes one, (N, C, H, W)")
         if len(graph.output) != 1:
-            names = ", ".join(value.name for value in graph.output) or "none"
+            names = ", ".join(value.name[:99] for value in graph.output[:9]) or "none"
             self.fail(f"gives several outputs or none ({names}); export it with the logits alone")
         kind = self.types.get(pictures[0].type.tensor_type.elem_type, "unknown")
         if kind not in FLOATS:
@@ -173,7 +176,7 @@ class _Reader:
         """A constant; raises WeightsError unless its shape, type and bytes agree."""
         kind = self.types.get(tensor.data_type, str(tensor.data_type))
         shape = tuple(tensor.dims)
-        label = f"tensor {tensor.name!r} of shape {shape[:9]}"
+        label = f"tensor {tensor.name[:99]!r} of shape {shape[:9]}"
         if kind not in STORAGE:
             self.fail(f"holds {label} and type {kind}; known types: {', '.join(STORAGE)}")
         if len(shape) > 8 or min(shape, default=1) < 0:
@@ -184,13 +187,13 @@ class _Reader:
             flat = self.external(tensor, label, dtype, count)
         else:
             raw = tensor.HasField("raw_data")
-            found = len(tensor.raw_data) if raw else len(getattr(tensor, field))
-            if found != (count * dtype.itemsize if raw else count):
-                self.fail(f"holds {label} with {found} {'bytes' if raw else 'values'} of data; it is damaged")
+            data = tensor.raw_data if raw else getattr(tensor, field)
+            if len(data) != (count * dtype.itemsize if raw else count):
+                self.fail(f"holds {label} with {len(data)} {'bytes' if raw else 'values'} of data; it is damaged")
             if raw:
-                flat = np.frombuffer(tensor.raw_data, dtype)
+                flat = np.frombuffer(data, dtype)
             else:
-                values = np.fromiter(getattr(tensor, field), dtype if field != "int32_data" else np.int64, count)
+                values = np.fromiter(data, dtype if field != "int32_data" else np.int64, count)
                 bits = np.dtype("<u2") if kind == "FLOAT16" else dtype  # half precision is stored by its bits
                 flat = values.astype(bits, copy=False).view(dtype)
         if kind == "BFLOAT16":  # the upper half of single precision, which numpy has no type for
