@@ -8,7 +8,7 @@ import torch
 
 from isthmus.errors import WeightsError
 from isthmus.weights import files
-from isthmus.weights.torch_files import archive_members
+from isthmus.weights.archives import zip_members
 from weight_files import tensors, write_tar
 
 
@@ -57,7 +57,7 @@ def test_sizes_and_places_of_64_bits(tmp_path, monkeypatch):
     assert path.read_bytes().count(b"\xff\xff\xff\xff") > plain.count(b"\xff\xff\xff\xff")
     assert equal(files.read(path).tensors, tensors())
     with path.open("rb") as file:
-        found = archive_members(file, path)
+        found = zip_members(file, path)
     with zipfile.ZipFile(path) as archive:
         wanted = {name: archive.read(name) for name in archive.namelist()}
     content = path.read_bytes()

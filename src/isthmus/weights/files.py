@@ -17,12 +17,13 @@ from torch import Tensor
 
 from isthmus.atomic import atomic_write
 from isthmus.errors import IsthmusError, WeightsError
+from isthmus.weights.archives import is_tar, zip_members
 from isthmus.weights.hdf5 import SIGNATURE
 from isthmus.weights.keras_files import WEIGHTS_MEMBER, read_keras, read_keras_archive, write_keras
 from isthmus.weights.pickle_globals import ForeignError
 from isthmus.weights.safetensors_files import INDEXES, read_index, read_safetensors, save_file
 from isthmus.weights.stored import Span, Stored, read_all
-from isthmus.weights.torch_files import archive_members, is_tar, read_pickle, read_tar, read_zip
+from isthmus.weights.torch_files import read_pickle, read_tar, read_zip
 
 __all__ = ["FileHeaders", "Format", "Header", "TensorFile", "headers", "read", "unwrap", "write"]
 
@@ -98,9 +99,7 @@ def headers(path: Path | str) -> FileHeaders:
     stored, notes = unwrap(content.found, str(path))
     entries = {name: Header(one.shape, str(one.dtype).removeprefix("torch.")) for name, one in stored.items()}
     size = sum(part.stat().st_size for part in content.paths)
-    return FileHeaders(
-        entries=entries, metadata=content.metadata, format=content.format, bytes=size, notes=notes
-    )  # fmt: skip
+    return FileHeaders(entries=entries, metadata=content.metadata, format=content.format, bytes=size, notes=notes)
 
 
 def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -205,7 +204,7 @@ def _content(path: Path) -> _Content:
                 whole = Span(path, 0, path.stat().st_size)
                 return _Content(read_keras(file, whole), {}, "keras", (path,))
             if start.startswith(b"PK\3\4"):
-                members = archive_members(file, path)
+                members = zip_members(file, path)
                 if WEIGHTS_MEMBER in members:
                     return _Content(read_keras_archive(file, members), {}, "keras", (path,))
                 return _Content(read_zip(file, members), {}, "torch", (path,))
