@@ -111,6 +111,12 @@ def test_what_a_folder_cannot_hold_is_refused_before_anything_is_written(tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_numbers_that_a_format_does_not_have(tmp_path):
+    with pytest.raises(WeightsError, match=r"bfloat16, which NumPy does not have; make it float32"):
+        save_weights(saved_as(BOTTLENECK).bfloat16(), tmp_path / "a.pkl", layout="detectron2")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(RunError, match="cannot make the folder"):

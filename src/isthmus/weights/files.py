@@ -266,6 +266,8 @@ def _save_torch(path: Path, tensors: Mapping[str, Tensor], _metadata: Mapping[st
 
 
 def _save_detectron2(path: Path, tensors: Mapping[str, Tensor], _metadata: Mapping[str, str]) -> None:
+    if odd := next((name for name, tensor in tensors.items() if tensor.dtype == torch.bfloat16), None):
+        raise WeightsError(f"{odd!r} is bfloat16, which NumPy does not have; make it float32 by tensor.float()")
     arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
     with path.open("wb") as file:
         _ArrayPickler(file, protocol=4).dump({"model": arrays, "__author__": "Isthmus", "matching_heuristics": True})
