@@ -163,7 +163,9 @@ def _file(
     config = _json(path.parent / hub.CONFIG) if beside else None
     if config is not None:
         source = _described(source, config, _json(path.parent / hub.PREPROCESSOR))
-    return _recorded(source, record or (None if config else catalog.known(path)))
+    # Hashing takes longer than reading, and torch's own files are the only ones here whose hash was published.
+    hashed = content.format == "torch" and config is None
+    return _recorded(source, record or (catalog.known(path) if hashed else None))
 
 
 def _outline(path: Path) -> files.TensorFile:
