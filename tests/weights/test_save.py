@@ -19,7 +19,7 @@ from isthmus.weights.load import create, load_weights, read_network
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import open_source
 from oracles import picture, randomise, relative_error
-from small_runs import copied, network, same
+from small_runs import class_folders, copied, network, same
 
 FOLDER = ["README.md", "config.json", "model.safetensors", "preprocessor_config.json"]
 BOTTLENECK = NetSpec(
@@ -177,7 +177,7 @@ def test_the_model_card(tmp_path):
     assert "1,000 classes" not in card.text
 
 
-def test_pushed_to_the_hub_and_loaded_from_there(tmp_path, web):
+def test_pushed_to_the_hub_and_used_from_there(tmp_path, web):
     net = saved_as(BOTTLENECK)
     save_weights(net, folder := tmp_path / "folder", layout="transformers")
     assert push(folder, "someone/small") == f"{web.address}/someone/small"
@@ -185,6 +185,9 @@ def test_pushed_to_the_hub_and_loaded_from_there(tmp_path, web):
     sent = {name.rpartition("/")[2]: content for name, content in web.files.items() if "/resolve/main/" in name}
     assert sent == {path.name: path.read_bytes() for path in folder.iterdir()}
     assert same(copied(isthmus.load("hf:someone/small")), copied(net))
+    photos = class_folders(tmp_path / "photos", {"flower": 1})
+    (row,) = isthmus.predict("hf:someone/small", photos, device="cpu")
+    assert sorted(row.classes) == sorted(net.classes)
 
 
 @pytest.mark.parametrize(
