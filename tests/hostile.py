@@ -23,8 +23,9 @@ from isthmus.arch.plan import plan
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
 from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
-from isthmus.weights import files, hdf5
-from isthmus.weights.onnx_graph import read_onnx
+from isthmus.weights import files
+from isthmus.weights.formats import hdf5
+from isthmus.weights.onnx.graph import read_onnx
 from onnx_writer import write_graph
 from weight_files import keras_tensors, tensors, write_arrays, write_keras3, write_shards, write_tar
 

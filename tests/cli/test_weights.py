@@ -13,8 +13,8 @@ import isthmus as package
 from isthmus import records
 from isthmus.arch.preprocess import IMAGENET, Preprocess
 from isthmus.arch.variants import variant
-from isthmus.weights.catalog import CATALOG
 from isthmus.weights.load import load
+from isthmus.weights.published.catalog import CATALOG
 from isthmus.weights.save import save_weights
 from oracles import random_state
 from small_runs import SPEC, class_folders, copied, network, same

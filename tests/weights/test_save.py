@@ -14,8 +14,8 @@ from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
 from isthmus.errors import RunError, WeightsError
 from isthmus.weights.files import headers
-from isthmus.weights.hf_folder import push
 from isthmus.weights.load import create, load_weights, read_network
+from isthmus.weights.published.hf_folder import push
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import open_source
 from oracles import picture, randomise, relative_error

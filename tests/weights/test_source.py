@@ -20,8 +20,8 @@ from transformers import (
 from isthmus.arch.preprocess import IMAGENET
 from isthmus.arch.variants import variant
 from isthmus.errors import RunError, WeightsError
-from isthmus.weights import catalog
 from isthmus.weights.load import create, load, load_weights, read_network
+from isthmus.weights.published import catalog
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import open_source
 from oracles import picture, randomise, relative_error

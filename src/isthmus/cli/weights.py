@@ -16,9 +16,9 @@ from isthmus.report.tables import console, count, print_facts, print_table
 
 if TYPE_CHECKING:
     from isthmus.arch.spec import NetSpec
-    from isthmus.weights.catalog import Record
     from isthmus.weights.compare import Agreement, TensorComparison
     from isthmus.weights.inspect import Inspection
+    from isthmus.weights.published.catalog import Record
     from isthmus.weights.verify import Verification
 
 __all__ = ["convert", "inspect", "list_weights", "verify"]
@@ -77,7 +77,7 @@ def convert(
         Where on the Hugging Face hub to upload the folder, as owner/name.
     """
     from isthmus.weights.convert import convert as write
-    from isthmus.weights.hf_folder import push as upload
+    from isthmus.weights.published.hf_folder import push as upload
 
     done = write(weights, out, to, arch=network(arch))
     address = None if push is None else upload(out, push)
@@ -137,7 +137,7 @@ def list_weights(pattern: str = "*", *, as_json: Json = False) -> None:
     pattern
         A part of the name, a shell pattern such as 'torchvision:*.v2', or a network.
     """
-    from isthmus.weights.catalog import published
+    from isthmus.weights.published.catalog import published
 
     rows = [record_values(record) for record in published(pattern)]
     if not rows:

@@ -1,0 +1,1 @@
+"""Weights of any library into networks and back: sources, layouts, adaptation, proof."""

@@ -14,8 +14,8 @@ from isthmus.arch.variants import variant, variants
 from isthmus.errors import WeightsError
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
-from isthmus.weights.hf import from_pretrained_cfg
 from isthmus.weights.layouts import LAYOUTS, has, modules, pairs, to_native, weight_keys
+from isthmus.weights.published.hf import from_pretrained_cfg
 
 __all__ = ["candidates", "check_same_function", "decided", "timm_preprocess"]
 

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from isthmus.atomic import atomic_write
 from isthmus.errors import IsthmusError, WeightsError
-from isthmus.weights.archives import is_tar, zip_members
-from isthmus.weights.hdf5 import SIGNATURE
-from isthmus.weights.keras_files import WEIGHTS_MEMBER, read_keras, read_keras_archive, write_keras
-from isthmus.weights.pickle_globals import ForeignError
-from isthmus.weights.safetensors_files import INDEXES, read_index, read_safetensors, save_file
-from isthmus.weights.stored import Span, Stored, read_all
-from isthmus.weights.torch_files import read_pickle, read_tar, read_zip
+from isthmus.weights.formats.archives import is_tar, zip_members
+from isthmus.weights.formats.hdf5 import SIGNATURE
+from isthmus.weights.formats.keras_files import WEIGHTS_MEMBER, read_keras, read_keras_archive, write_keras
+from isthmus.weights.formats.pickle_globals import ForeignError
+from isthmus.weights.formats.safetensors_files import INDEXES, read_index, read_safetensors, save_file
+from isthmus.weights.formats.stored import Span, Stored, read_all
+from isthmus.weights.formats.torch_files import read_pickle, read_tar, read_zip
 
 __all__ = ["FileHeaders", "Format", "Header", "TensorFile", "headers", "read", "unwrap", "write"]
 

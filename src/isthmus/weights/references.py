@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import name_of
 from isthmus.errors import WeightsError
-from isthmus.weights.hf import to_config
 from isthmus.weights.layouts import LAYOUTS
+from isthmus.weights.published.hf import to_config
 from isthmus.weights.source import Source
 
 __all__ = ["Reference", "reference"]

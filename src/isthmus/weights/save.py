@@ -9,7 +9,7 @@ from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.records import to_dict
 from isthmus.weights import files, layouts
-from isthmus.weights.hf_folder import write_folder
+from isthmus.weights.published.hf_folder import write_folder
 from isthmus.weights.source import SCHEMA
 
 __all__ = ["save_weights"]

@@ -23,9 +23,10 @@ from isthmus.arch.variants import variants
 from isthmus.errors import IsthmusError, RunError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.records import from_dict
-from isthmus.weights import catalog, files, hf, hub, layouts
+from isthmus.weights import files, layouts
 from isthmus.weights.adopt import timm_preprocess
-from isthmus.weights.onnx_graph import read_onnx
+from isthmus.weights.onnx.graph import read_onnx
+from isthmus.weights.published import catalog, hf, hub
 
 __all__ = ["SCHEMA", "Origin", "Source", "listed", "open_source"]
 

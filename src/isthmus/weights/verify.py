@@ -14,7 +14,7 @@ from isthmus.data.transform import decode, evaluation_transform, normalise
 from isthmus.errors import WeightsError
 from isthmus.weights.compare import Agreement, TensorComparison, agreement, compare_logits, compare_tensors, pictures
 from isthmus.weights.load import read_network
-from isthmus.weights.onnx_parity import onnx_outputs
+from isthmus.weights.onnx.parity import onnx_outputs
 from isthmus.weights.references import reference
 from isthmus.weights.source import open_source
 
