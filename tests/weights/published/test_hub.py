@@ -185,7 +185,7 @@ def test_many_at_once_download_once(web, url):
 
 @pytest.mark.long
 def test_many_processes_at_once_download_once(web, url):
-    code = f"from isthmus.weights import hub; print(hub.download({url!r}, {SHA256!r}))"
+    code = f"from isthmus.weights.published import hub; print(hub.download({url!r}, {SHA256!r}))"
     processes = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     paths = {process.communicate()[0].strip() for process in processes}
     assert [process.returncode for process in processes] == [0, 0, 0]
