@@ -13,7 +13,7 @@ from isthmus.arch.preprocess import IMAGENET, Preprocess
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant
 from isthmus.errors import DataError, SpecError, WeightsError
-from isthmus.weights import references
+from isthmus.weights import files, layouts, references
 from isthmus.weights.compare import agreement, compare_tensors, pictures
 from isthmus.weights.load import load, load_weights
 from isthmus.weights.save import save_weights
@@ -178,6 +178,17 @@ def test_keras_weights_beside_keras(tmp_path, name):
     assert found.against.startswith("keras 3")
     assert found.agreement.equal
     assert 0 < found.agreement.relative < 1e-5
+
+
+@pytest.mark.long
+def test_a_file_that_keras_refuses(tmp_path):
+    """Its layers are in another order: by name it is whole, and Keras reads by order."""
+    net = isthmus.create(replace(variant("resnet50_keras"), num_classes=5))
+    tensors = dict(layouts.from_native(net.state_dict(), "keras", net.spec).tensors)
+    first = {name: tensors.pop(name) for name in list(tensors) if name.startswith("predictions/")}
+    files.write(path := tmp_path / "a.h5", first | tensors, {})
+    with pytest.raises(WeightsError, match=r"Keras' own ResNet50 refuses .*a\.h5: Shape mismatch"):
+        verify(path, arch="resnet50_keras")
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,11 @@ def _keras(source: Source, spec: NetSpec) -> Logits | None:
     if spec.num_classes:
         logits_of = keras.layers.Dense(spec.num_classes, name="predictions")
         model = keras.Model(model.input, logits_of(model.output))
-    model.load_weights(source.path)
+    try:
+        model.load_weights(source.path)
+    except Exception as error:  # it has no family of its own: ValueError, KeyError, OSError, ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"Keras' own {name} refuses {source.name}: {reason}") from error
 
     def logits(x: Tensor) -> Tensor:
         found = model(x.permute(0, 2, 3, 1).contiguous().numpy(), training=False)
