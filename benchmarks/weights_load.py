@@ -28,12 +28,12 @@ def held(field):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 def theirs(path):
-    net = timm.create_model("resnet50")
+    net = timm.create_model(Path(path).stem)
     net.load_state_dict(load_file(path))
     return net
 
 call = {"isthmus": load, "timm": theirs}[sys.argv[1]]
-call(sys.argv[2])  # imports and pools of memory are not what is measured
+call(sys.argv[2])  # what is imported at the first call is not what is measured
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
 before = held("VmRSS")
 net = call(sys.argv[3])
@@ -53,9 +53,12 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=15, help="rounds of each pair (default 15)")
     runs = parser.parse_args().runs
     with tempfile.TemporaryDirectory() as folder:
-        ours, plain = Path(folder) / "resnet50.safetensors", Path(folder) / "plain.safetensors"
-        net = isthmus.create("resnet50")
-        isthmus.save_weights(net, ours)
+        files = {name: Path(folder) / f"{name}.safetensors" for name in ("test_resnet", "resnet50")}
+        for name, path in files.items():
+            net = isthmus.create(name)
+            isthmus.save_weights(net, path)
+        tiny, ours = files.values()
+        plain = Path(folder) / "plain.safetensors"  # without our description
         save_file(net.state_dict(), plain)
         weights = sum(tensor.nbytes for tensor in net.state_dict().values())
 
@@ -69,7 +72,7 @@ def main() -> None:
             "load": lambda: isthmus.load(ours),
             "create": lambda: isthmus.create("resnet50", weights=plain),
         }
-        seconds = interleaved(calls, runs=runs)
+        seconds = interleaved(calls, runs=runs, warm_up=3)
         command = str(Path(sys.executable).with_name("isthmus"))
         whole = interleaved(
             {
@@ -78,9 +81,7 @@ def main() -> None:
             },
             runs=max(runs // 2, 3),
         )
-        peaks = {
-            who: [peak(who, ours if who == "isthmus" else plain, ours) for _ in range(3)] for who in ("isthmus", "timm")
-        }
+        peaks = {who: [peak(who, tiny, ours) for _ in range(3)] for who in ("isthmus", "timm")}
     beyond = {who: [found / weights - 1 for found in values] for who, values in peaks.items()}
     waits = [inspect - torch_alone for inspect, torch_alone in zip(whole["inspect"], whole["torch"], strict=True)]
     write_result(
