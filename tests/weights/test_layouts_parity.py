@@ -105,7 +105,10 @@ def test_names_and_shapes_are_transformers(name):
     assert sizes(found) == sizes(transformers_net(spec, ResNetModel).state_dict())
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnext50_32x4d", "resnext101_32x8d", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "name",
+    ["resnet18", "resnet50", "resnext50_32x4d", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet50_2"],
+)
 def test_torchvision(name):
     spec, _ = trimmed(variant(name), later=1)
     assert_the_same_function(torchvision_net(spec), "torchvision", spec)
@@ -132,7 +135,7 @@ def test_transformers(name):
     assert_the_same_function(transformers_net(spec), "transformers", spec)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet50_v1"])
 def test_transformers_of_another_shape(name):
     """Three stages, narrow, for one channel and seven classes, the first stage striding too."""
     spec = variant(name)
