@@ -21,7 +21,7 @@ from isthmus.weights.formats.archives import is_tar, zip_members
 from isthmus.weights.formats.hdf5 import SIGNATURE
 from isthmus.weights.formats.keras_files import WEIGHTS_MEMBER, read_keras, read_keras_archive, write_keras
 from isthmus.weights.formats.pickle_globals import ForeignError
-from isthmus.weights.formats.safetensors_files import INDEXES, read_index, read_safetensors, save_file
+from isthmus.weights.formats.safetensors_files import HEADER, INDEXES, read_index, read_safetensors, save_file
 from isthmus.weights.formats.stored import Span, Stored, read_all
 from isthmus.weights.formats.torch_files import read_pickle, read_tar, read_zip
 
@@ -33,7 +33,7 @@ WRAPPERS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "blobs",
     "model_ema", "state_dict_ema", "ema_state_dict", "ema",
 )  # fmt: skip
-MAX_WRAPPERS = 5  # in one another; a dict can hold itself
+MAX_WRAPPERS = 3  # in one another; a dict can hold itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.", "encoder.", "net.")
 HEADS = ("fc.", "head.", "classifier.")  # what may stand beside a `backbone.`
 MOMENTUM = "_momentum"  # what Caffe2 keeps beside each of its blobs
@@ -113,7 +113,7 @@ def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str
     save = WRITERS.get(path.suffix or ".safetensors")
     if save is None:
         raise WeightsError(
-            f"cannot write {path}: the format follows from the name, which must end in {', '.join(WRITERS)}"
+            f"cannot write {path.name}: the format follows from the name, which must end in {', '.join(WRITERS)}"
         )
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     atomic_write(path, lambda target: save(target, ready, metadata))
@@ -121,16 +121,14 @@ def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 def unwrap(content: Any, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The state dict inside wrappers, its keys without prefixes, and notes on both; raises WeightsError."""
-    notes: list[str] = []
-    found = _state_dict(content, notes)
-    if found is None:
-        held = (
-            f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "something else"
-        )
+    unwrapped = _state_dict(content)
+    if unwrapped is None:
+        held = f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "something else"
         raise WeightsError(
             f"{name} holds no named tensors, but {held}; save a network's own: "
             f"torch.save(net.state_dict(), 'weights.pth')"
         )
+    found, notes = unwrapped
     tensors = {str(key): value for key, value in found.items() if isinstance(value, Tensor | Stored)}
     if other := [str(key) for key in found if str(key) not in tensors]:
         notes.append(f"{len(other)} entries that are no tensors left aside: {', '.join(other[:3])}")
@@ -143,17 +141,17 @@ def unwrap(content: Any, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     return {key: value.detach() if isinstance(value, Tensor) else value for key, value in tensors.items()}, tuple(notes)
 
 
-def _state_dict(content: Any, notes: list[str], depth: int = 0) -> Mapping[Any, Any] | None:
-    """The mapping that holds the tensors, below as many wrappers as there are; None where there is none."""
+def _state_dict(content: Any, depth: int = 0) -> tuple[Mapping[Any, Any], list[str]] | None:
+    """The mapping that holds the tensors, and notes on the wrappers around it; None where there is none."""
     if not isinstance(content, Mapping) or depth > MAX_WRAPPERS:
         return None
-    inside = {key: _state_dict(content[key], [], depth + 1) for key in WRAPPERS if key in content}
-    keys = [key for key, found in inside.items() if found is not None]
-    if keys:
-        aside = f"; {', '.join(map(repr, keys[1:]))} left aside" if len(keys) > 1 else ""
-        notes.append(f"tensors taken from {keys[0]!r}{aside}")
-        return _state_dict(content[keys[0]], notes, depth + 1)
-    return content if any(isinstance(value, Tensor | Stored) for value in content.values()) else None
+    inside = {key: found for key in WRAPPERS if (found := _state_dict(content.get(key), depth + 1))}
+    if inside:
+        first, *others = inside
+        tensors, notes = inside[first]
+        aside = f"; {', '.join(map(repr, others))} left aside" if others else ""
+        return tensors, [f"tensors taken from {first!r}{aside}", *notes]
+    return (content, []) if any(isinstance(value, Tensor | Stored) for value in content.values()) else None
 
 
 def _prefix(tensors: Mapping[str, Any]) -> str:
@@ -196,7 +194,7 @@ def _content(path: Path) -> _Content:
     with _guarded(path):
         if path.name.endswith(".index.json"):
             return _sharded(path)
-        if start[8:9] == b"{" or path.suffix == ".safetensors":
+        if start[8:9] == HEADER:
             stored, metadata = read_safetensors(path)
             return _Content(stored, metadata, "safetensors", (path,))
         with path.open("rb") as file:
@@ -211,7 +209,7 @@ def _content(path: Path) -> _Content:
             if is_tar(start):
                 return _Content(read_tar(file, path), {}, "torch", (path,))
             found, by_torch = read_pickle(file, path)
-            if not by_torch and _state_dict(found, []) is None:
+            if not by_torch and _state_dict(found) is None:
                 raise ValueError("a pickle without named arrays")
             return _Content(found, {}, "torch" if by_torch else "pickle", (path,))
 
@@ -247,13 +245,9 @@ def _first_bytes(path: Path) -> bytes:
         raise WeightsError(f"{path} is empty; download or save it again")
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`")
-    if start.lstrip()[:1] == b"<":
+    if start.lstrip()[:1] == b"<" and start[8:9] != HEADER:  # the length of a header may be any bytes
         raise WeightsError(f"{path} is a web page and not a weight file; download the file itself")
     return start
-
-
-def _save_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    save_file(tensors, path, metadata)
 
 
 def _save_torch(path: Path, tensors: Mapping[str, Tensor], _metadata: Mapping[str, str]) -> None:
@@ -273,10 +267,6 @@ def _save_detectron2(path: Path, tensors: Mapping[str, Tensor], _metadata: Mappi
         _ArrayPickler(file, protocol=4).dump({"model": arrays, "__author__": "Isthmus", "matching_heuristics": True})
 
 
-def _save_keras(path: Path, tensors: Mapping[str, Tensor], _metadata: Mapping[str, str]) -> None:
-    write_keras(path, tensors)
-
-
 class _ArrayPickler(pickle.Pickler):
     """Writes arrays by their public class: the name NumPy 2 would write is not known to NumPy 1."""
 
@@ -290,9 +280,9 @@ class _ArrayPickler(pickle.Pickler):
 
 
 WRITERS: dict[str, Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None]] = {
-    ".safetensors": _save_safetensors,
+    ".safetensors": save_file,
     ".pth": _save_torch,
     ".pt": _save_torch,
     ".pkl": _save_detectron2,
-    ".h5": _save_keras,
+    ".h5": lambda path, tensors, _: write_keras(path, tensors),
 }
