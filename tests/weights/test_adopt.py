@@ -14,6 +14,7 @@ from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.adopt import candidates, check_same_function, decided
 from isthmus.weights.layouts import carriers, from_native
+from isthmus.weights.load import create, load_weights
 from oracles import bare, trimmed
 
 
@@ -118,3 +119,10 @@ def test_what_gives_no_map_to_compare():
 
     with pytest.raises(WeightsError, match="cannot be tried on a 97 px picture"):
         check_same_function(ResNet(plan("resnet18")), Odd(), "native")
+
+
+@pytest.mark.parametrize("name", ["module", "_orig_mod", "backbone"])  # DataParallel, torch.compile, people
+def test_what_is_put_around_a_network_in_memory(name):
+    report = load_weights(create("test_resnet"), nn.ModuleDict({name: timm.create_model("test_resnet")}))
+    assert "tried on random parameters" in str(report)
+    assert "prefix" in str(report)

@@ -20,6 +20,8 @@ from transformers import (
 from isthmus.arch.preprocess import IMAGENET
 from isthmus.arch.variants import variant
 from isthmus.errors import RunError, WeightsError
+from isthmus.weights import files
+from isthmus.weights.inspect import inspect_weights
 from isthmus.weights.load import create, load, load_weights, read_network
 from isthmus.weights.published import catalog
 from isthmus.weights.save import save_weights
@@ -223,6 +225,10 @@ def test_preprocessing_that_is_missing_is_said(tmp_path):
         (json.dumps({"model_type": "resnet", "hidden_act": "gelu"}), r"model.safetensors: config.json: hidden_act is"),
         ("{", "config.json cannot be read: .*; download or write it again"),
         ("[]", "config.json holds no table of settings"),
+        ("[" * 100_000, "config.json cannot be read"),
+        (json.dumps({"model_type": "resnet", "architectures": [3]}), "a config file beside it cannot be read"),
+        (json.dumps({"architecture": "resnet18", "pretrained_cfg": []}), "a config file beside it cannot be read"),
+        (json.dumps({"architecture": "resnet18", "pretrained_cfg": {"input_size": [3, 8, 8], "crop_pct": 0}}), "zero"),
     ],
 )
 def test_a_config_that_cannot_be_read(theirs, tmp_path, text, message):
@@ -231,3 +237,11 @@ def test_a_config_that_cannot_be_read(theirs, tmp_path, text, message):
     with pytest.raises(WeightsError, match=message):
         load(tmp_path)
     load_weights(create("test_resnet"), tmp_path / "model.safetensors")  # the file alone, as the message would have it
+
+
+@pytest.mark.parametrize("description", ["[" * 100_000, '{"schema": 1, "layout": "nonsense"}', "3", '{"schema": "1"}'])
+def test_a_description_that_cannot_be_read(tmp_path, description):
+    files.write(path := tmp_path / "a.safetensors", {"conv1.weight": torch.zeros(1)}, {"isthmus": description})
+    for read in (load, inspect_weights):
+        with pytest.raises(WeightsError, match="its description cannot be read"):
+            read(path)

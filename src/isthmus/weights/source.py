@@ -31,6 +31,7 @@ from isthmus.weights.published import catalog, hf, hub
 __all__ = ["SCHEMA", "Origin", "Source", "listed", "open_source"]
 
 SCHEMA = 1
+MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # JSON of other shape
 PINNED = re.compile(r"(?P<url>[^#]+)(#sha256=(?P<sha256>[0-9a-f]{8,64}))?")
 
 Origin = str | Path | nn.Module
@@ -81,6 +82,8 @@ def open_source(origin: Origin, layout: str | None, *, values: bool = True) -> S
         )
     if isinstance(origin, nn.Module):
         tensors, notes = files.unwrap(origin.state_dict(), "the network in memory")
+        inside = (module for module in origin.modules() if module.state_dict().keys() == tensors.keys())
+        origin = next(inside, origin)  # not what torch.compile or DataParallel put around it
         return Source(
             name=f"the {type(origin).__name__} in memory",
             tensors=tensors,
@@ -185,7 +188,7 @@ def _json(path: Path) -> Mapping[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, *MALFORMED) as error:
         raise WeightsError(f"{path} cannot be read: {error}; download or write it again") from error
     if not isinstance(content, dict):
         raise WeightsError(f"{path} holds no table of settings; download or write it again")
@@ -199,8 +202,9 @@ def _described(source: Source, config: Mapping[str, Any], preprocessor: Mapping[
         if said is None:
             return replace(source, notes=(*source.notes, "the config.json beside it is of no ResNet and was not used"))
         preprocess = said.preprocess or (hf.from_preprocessor(preprocessor) if preprocessor else None)
-    except WeightsError as error:
-        raise WeightsError(f"{source.name}: {error}") from error
+    except (WeightsError, *MALFORMED) as error:
+        reason = error if isinstance(error, WeightsError) else f"a config file beside it cannot be read: {error!r}"
+        raise WeightsError(f"{source.name}: {reason}") from error
     notes = () if preprocess else ("its preprocessing is in no file beside it: set net.preprocess",)
     return replace(source, spec=said.spec, preprocess=preprocess, classes=said.classes, notes=(*source.notes, *notes))
 
@@ -234,15 +238,16 @@ def _ours(source: Source, text: str) -> Source:
     """A source with what the metadata of our own files says; raises WeightsError."""
     try:
         described = json.loads(text)
-        schema = described["schema"]
+        schema, layout = described["schema"], described["layout"]
         if schema > SCHEMA:
-            raise ValueError(f"it has schema {schema} and this isthmus reads up to {SCHEMA}: upgrade isthmus")  # noqa: TRY301
+            raise ValueError(f"it has schema {schema} and this isthmus reads up to {SCHEMA}: upgrade isthmus")
+        if layout not in layouts.LAYOUTS:
+            raise ValueError(f"there is no layout {layout!r}; known: {', '.join(layouts.LAYOUTS)}")
         spec = from_dict(NetSpec, described["spec"])
         preprocess = from_dict(Preprocess, described["preprocess"])
         classes = tuple(map(str, described["classes"]))
-        layout = str(described["layout"])
         extra = dict(described.get("extra", {}))
-    except (IsthmusError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (IsthmusError, *MALFORMED) as error:
         raise WeightsError(f"{source.name}: its description cannot be read: {error}") from error
     if classes and len(classes) != spec.num_classes:
         raise WeightsError(f"{source.name} names {len(classes)} classes for {spec.num_classes} outputs; save it again")

@@ -273,7 +273,7 @@ def from_pretrained_cfg(cfg: Mapping[str, Any]) -> Preprocess:
         )
     except KeyError as error:
         raise WeightsError(f"pretrained_cfg has no {error.args[0]!r}; set net.preprocess yourself") from error
-    except (SpecError, TypeError, ValueError) as error:
+    except (SpecError, TypeError, ValueError, ArithmeticError) as error:
         raise WeightsError(f"pretrained_cfg: {error}") from error
 
 

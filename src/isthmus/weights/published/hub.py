@@ -235,7 +235,7 @@ def _shards(index: Path) -> list[str]:
     try:
         content = json.loads(index.read_text(encoding="utf-8"))
         return sorted({str(shard) for shard in content["weight_map"].values()})
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} lists no shards: {error}; download it again") from error
 
 
