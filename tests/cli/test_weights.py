@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +140,7 @@ def test_convert_pushes_the_folder(isthmus, bare, monkeypatch):
     assert "pushed to at/me/small" in result.out
     assert seen[0] == ("me/small", {"exist_ok": True})
     assert (seen[1]["repo_id"], str(seen[1]["folder_path"])) == ("me/small", "folder")
+    assert sorted(seen[1]["allow_patterns"]) == sorted(path.name for path in Path("folder").iterdir())
 
 
 # -- verify ------------------------------------------------------------------------------------------------------------
@@ -238,7 +240,10 @@ def test_list_by_network_and_by_part(isthmus):
         (("convert", "bare.pth", "x.h5", "--to", "keras", "--arch", "resnet18"), "layout keras has no network like"),
         (("convert", "bare.pth", "x.h5", "--to", "native", "--arch", "resnet5"), "there is no network named 'resnet5'"),
         (("convert", "bare.pth", "x.h5", "--to", "native", "--arch", "no.toml"), "cannot read no.toml"),
-        (("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "resnet18", "--push", "me/it"), "is no folder"),
+        (
+            ("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "resnet18", "--push", "me/it"),
+            "was not written",
+        ),
         (("verify", "bare.pth", "--against", "nothing.pth"), "--arch"),
         (("list", "nonsense"), "no published weights match 'nonsense'"),
     ],
@@ -250,7 +255,7 @@ def test_mistakes_are_one_message(isthmus, bare, tmp_path, words, reason):
     assert result.err.startswith("isthmus: ")
     assert reason in result.err
     assert result.err.count("\n") == 1
-    assert not list(tmp_path.glob("x.[!p]*"))
+    assert not list(tmp_path.glob("x.*"))
 
 
 def test_missing_words_are_explained(isthmus):

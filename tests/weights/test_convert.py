@@ -184,3 +184,22 @@ def test_a_folder_that_was_there_is_renewed(tmp_path, source, before):
     convert(source, tmp_path / "out", "transformers")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "resnet"
     assert load(tmp_path / "out").classes == ("ant", "bee", "cat")
+
+
+def test_the_folder_where_one_is(tmp_path, source, monkeypatch):
+    (folder := tmp_path / "here").mkdir()
+    monkeypatch.chdir(folder)
+    convert(source, ".", "transformers")
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "README.md", "config.json", "model.safetensors", "preprocessor_config.json"
+    ]  # fmt: skip
+    assert "# here\n" in (folder / "README.md").read_text()
+
+
+def test_numbers_that_are_none_are_kept_as_they_are(tmp_path, source):
+    net = load(source)
+    net.fc.weight.data[0, 0] = float("nan")
+    save_weights(net, broken := tmp_path / "broken.safetensors")
+    done = convert(broken, tmp_path / "out.safetensors", "native")
+    assert done.tensors.same
+    assert "not finite" in str(done.report)

@@ -86,6 +86,12 @@ def test_tensors_side_by_side():
     assert compare_tensors(first, first).same
 
 
+def test_bits_are_compared_and_not_numbers():
+    nan, zero = torch.tensor([float("nan")]), torch.zeros(())
+    assert compare_tensors({"a": nan}, {"a": nan.clone()}).same
+    assert compare_tensors({"a": zero}, {"a": -zero}).different == ("a",)
+
+
 @pytest.mark.parametrize(
     ("record", "channels", "dims", "shape"),
     [
@@ -291,7 +297,7 @@ def test_a_bare_file_beside_a_described_one_needs_the_network(tmp_path):
     assert verify(path, against=bare, arch="resnet18").tensors.same
 
 
-@pytest.mark.parametrize("changes", [{"num_classes": 6}, {"in_channels": 1}])
+@pytest.mark.parametrize("changes", [{"num_classes": 6}, {"in_channels": 1}, {"dims": 1}])
 def test_networks_that_no_picture_compares(tmp_path, changes):
     first = written(tmp_path / "a.safetensors", SPEC)
     second = written(tmp_path / "b.safetensors", replace(SPEC, **changes))
@@ -313,6 +319,13 @@ def test_pictures_of_ones_own(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         verify(path, against=other, folder=tmp_path / "nothing")
     assert verify("demo", folder=photos).agreement.equal
+
+
+@pytest.mark.parametrize("changes", [{"in_channels": 5}, {"dims": 1}])
+def test_pictures_for_a_network_that_takes_none(tmp_path, changes):
+    path = written(tmp_path / "a.safetensors", replace(SPEC, **changes))
+    with pytest.raises(WeightsError, match="which pictures do not give"):
+        verify(path, against=path, folder=class_folders(tmp_path / "photos", {"flower": 1}))
 
 
 def test_networks_of_other_dimensions(tmp_path):

@@ -78,7 +78,12 @@ def convert(
     """
     from isthmus.weights.convert import convert as write
     from isthmus.weights.published.hf_folder import push as upload
+    from isthmus.weights.save import makes_folder
 
+    if push is not None and not makes_folder(out, to):
+        raise WeightsError(
+            f"{out} is no folder as the hub keeps it, so it was not written; --push is for --to transformers"
+        )
     done = write(weights, out, to, arch=network(arch))
     address = None if push is None else upload(out, push)
     if as_json:

@@ -41,16 +41,17 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
     epsilon), in the outputs up to rounding. Raises WeightsError or RunError, with `path` as it was.
     """
     path = Path(path)
-    net, report = read_network(origin, arch=arch)
-    extra = open_source(origin, None, values=False).extra
+    place = path.resolve()  # . has no name of its own
+    source = open_source(origin, None)
+    net, report = read_network(source, arch=arch)
     notes = list(layouts.from_native(net.state_dict(), layout, net.spec).notes)
     if path.suffix in files.WRITERS and path.suffix != ".safetensors":
         named = f" and {len(net.classes)} class names" if net.classes else ""
         notes.append(f"a {path.suffix} file has no place for preprocessing{named}: {net.preprocess}")
     try:
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=".isthmus-") as folder:
-            written = Path(folder) / path.name
-            save_weights(net, written, layout=layout, extra=extra)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".isthmus-") as folder:
+            written = Path(folder) / place.name
+            save_weights(net, written, layout=layout, extra=source.extra)
             again = _read_back(net, written, layout)
             tensors = compare_tensors(net.state_dict(), again.state_dict())
             if lost := [name for name in tensors.different if name.endswith(COUNTER)]:
@@ -62,7 +63,7 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
                     f"{path} was not written: read back, its outputs differ by {agreement.relative:.1e} from those of "
                     f"{report.source}, and {layout} should keep them to {agreement.tolerance:.0e}; use --to native"
                 )
-            _move(written, path)
+            _move(written, place)
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     return Conversion(report=report, path=path, layout=layout, tensors=tensors, agreement=agreement, notes=tuple(notes))

@@ -81,7 +81,7 @@ def load(
 
 
 def read_network(
-    ref_or_path: str | Path,
+    ref_or_path: str | Path | Source,
     *,
     arch: str | NetSpec | None = None,
     num_classes: int | None = None,
@@ -91,10 +91,10 @@ def read_network(
     head: Head | None = None,
     blocks: Blocks | None = None,
 ) -> tuple[ResNet, LoadReport]:
-    """As `load`, with the report."""
+    """As `load`, also from what is open already, with the report."""
     if classes is not None and num_classes is not None:
         raise WeightsError("classes says how many classes stay, and num_classes starts another classifier; give one")
-    source = open_source(ref_or_path, None)
+    source = ref_or_path if isinstance(ref_or_path, Source) else open_source(ref_or_path, None)
     if arch is not None:
         spec = _counted(_network(arch), source)
     elif source.spec is not None:

@@ -12,7 +12,7 @@ from isthmus.weights import files, layouts
 from isthmus.weights.published.hf_folder import write_folder
 from isthmus.weights.source import SCHEMA
 
-__all__ = ["save_weights"]
+__all__ = ["makes_folder", "save_weights"]
 
 
 def save_weights(
@@ -32,10 +32,15 @@ def save_weights(
         )
     metadata = {"format": "pt", "isthmus": _description(net, layout, extra or {})}
     tensors = layouts.from_native(net.state_dict(), layout, net.spec).tensors
-    if layout == "transformers" and path.suffix not in files.WRITERS:
+    if makes_folder(path, layout):
         write_folder(net, path, tensors, metadata, extra or {})
     else:
         files.write(path, tensors, metadata)
+
+
+def makes_folder(path: Path, layout: str) -> bool:
+    """Whether weights in `layout` at `path` are a folder as the Hugging Face hub keeps it."""
+    return layout == "transformers" and path.suffix not in files.WRITERS
 
 
 def _description(net: ResNet, layout: str, extra: Mapping[str, Any]) -> str:

@@ -49,9 +49,14 @@ def verify(
     """
     net, report = read_network(origin, arch=arch)
     record, spec = net.preprocess, net.spec
+    if folder is not None and (spec.in_channels, spec.dims) != (len(record.channels), 2):
+        raise WeightsError(
+            f"{report.source} takes {spec.in_channels} channels in {spec.dims}D, which pictures do not give; use "
+            f"drawn ones"
+        )
     given = None if folder is None else shown(folder, record)
     if against is None:
-        source = open_source(origin, None)
+        source = open_source(origin, None)  # anew: tensors shared with ours would hide what was done to them
         if source.layout == "onnx" and source.path is not None:
             mine, theirs = onnx_outputs(source.path, net, given)
             found = agreement(mine, theirs, precision=torch.float32, tolerance=ONNX_TOLERANCE)
@@ -61,11 +66,12 @@ def verify(
         found = compare_logits(net, other.logits, batch, precision=other.precision, tolerance=other.tolerance)
         return Verification(source=source.name, against=other.name, agreement=found)
     second, second_report = read_network(against, arch=arch)
-    if (spec.num_classes, spec.in_channels) != (second.spec.num_classes, second.spec.in_channels):
-        raise WeightsError(
-            f"{report.source} takes {spec.in_channels} channels and gives {spec.num_classes} outputs, and "
-            f"{second_report.source} {second.spec.in_channels} and {second.spec.num_classes}: no picture compares them"
-        )
+    sides = [
+        f"{read.source} takes {one.in_channels} channels in {one.dims}D and gives {one.num_classes} outputs"
+        for read, one in ((report, spec), (second_report, second.spec))
+    ]
+    if any(getattr(spec, name) != getattr(second.spec, name) for name in ("in_channels", "dims", "num_classes")):
+        raise WeightsError(f"{' and '.join(sides)}: no picture compares them")
     tensors = compare_tensors(net.state_dict(), second.state_dict())
     notes = ["their preprocessing differs; both were given that of the first"] * (record != second.preprocess)
     notes += ["their class names differ"] * (net.classes != second.classes)

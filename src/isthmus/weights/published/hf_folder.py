@@ -62,7 +62,12 @@ def push(folder: Path, repo: str) -> str:
     api = HfApi(library_name="isthmus", library_version=version("isthmus"))
     try:
         address = api.create_repo(repo, exist_ok=True)
-        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Weights written by isthmus")
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message="Weights written by isthmus",
+            allow_patterns=[CONFIG, PREPROCESSOR, MODEL, CARD],  # and nothing else that lies there
+        )
     except HFValidationError as error:
         raise WeightsError(f"{repo!r} is no name of a hub repository; write it as owner/name") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
