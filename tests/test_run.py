@@ -22,6 +22,7 @@ from isthmus.nn.fold import fold
 from isthmus.run import evaluate, fit, predict
 from isthmus.train.recipe import Recipe, recipe
 from isthmus.train.reporter import Reporter
+from isthmus.weights.source import open_source
 from small_runs import SPEC, Recorder, class_folders, copied, network, same, same_files, weights
 
 LEFT = {"recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
@@ -91,6 +92,9 @@ def test_a_run_leaves_what_it_takes_to_use_it(name, pictures, start, tmp_path):
     rows = [json.loads(line) for line in (run.folder / "log.jsonl").read_text().splitlines()]
     assert rows[-1]["val_accuracy"] == run.scores.accuracy
     assert recorder.lines[0] == "18 pictures to train on (8 flower, 10 temple), 6 to validate on"
+
+    metrics = open_source(run.folder, None).extra["metrics"]
+    assert metrics["validation accuracy"] == run.scores.accuracy
 
     net = isthmus.load(run.folder)
     assert net.classes == ("flower", "temple")

@@ -106,7 +106,8 @@ def fit(
     except KeyboardInterrupt as stop:
         raise Interrupted(f"{str(stop) or 'stopped'}; go on with: isthmus train --resume {folder}") from stop
     seconds = time.perf_counter() - began
-    save_weights(net.cpu().eval(), folder / MODEL)
+    metrics = {"validation accuracy": scores.accuracy, "validation balanced accuracy": scores.balanced_accuracy}
+    save_weights(net.cpu().eval(), folder / MODEL, extra={"metrics": metrics})
     write_text(folder / SCORES, json.dumps(scores.to_dict() | {"data": data.name, "seconds": seconds}, indent=2))
     return Run(folder=folder, scores=scores, seconds=seconds)
 
