@@ -12,7 +12,7 @@ import torch
 import torchvision
 import transformers
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 from isthmus.errors import RunError, WeightsError
 from isthmus.weights import files
@@ -44,6 +44,16 @@ def test_pickled_state_dict_of_either_generation(tmp_path, name, zipped):
 def test_content_decides_and_not_the_name(tmp_path):
     save_file(TENSORS, tmp_path / "a.pth")
     assert files.read(tmp_path / "a.pth").format == "safetensors"
+    torch.save(TENSORS, tmp_path / "a.safetensors")
+    assert files.read(tmp_path / "a.safetensors").format == "torch"
+
+
+def test_a_header_whose_length_looks_like_a_web_page(tmp_path):
+    length = int.from_bytes(b" <\0", "little")
+    empty = int.from_bytes(save({"a": torch.ones(2)}, {"text": ""})[:8], "little")
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors", {"text": "x" * (length - empty)})
+    assert (tmp_path / "a.safetensors").read_bytes().startswith(b" <\0")
+    assert list(files.read(tmp_path / "a.safetensors").tensors) == ["a"]
 
 
 @pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state", "ema"])
@@ -60,6 +70,13 @@ def test_wrappers_and_prefixes_go_and_are_said(tmp_path, wrapper, prefix):
 def test_of_several_wrappers_the_others_are_named(tmp_path):
     torch.save({"model": TENSORS, "ema": TENSORS}, tmp_path / "a.pth")
     assert files.read(tmp_path / "a.pth").notes == ("tensors taken from 'model'; 'ema' left aside",)
+
+
+def test_a_mapping_that_holds_itself():
+    holds: dict = {}
+    holds |= dict.fromkeys(files.WRAPPERS, holds)
+    with pytest.raises(WeightsError, match="holds no named tensors, but the keys state_dict, "):
+        files.unwrap(holds, "it")
 
 
 def test_head_beside_a_backbone_and_the_counter_of_an_average():
@@ -166,11 +183,11 @@ def test_missing_or_a_folder(tmp_path):
 
 
 def test_full_disk_while_the_tensors_are_written(tmp_path, monkeypatch):
-    def full(tensors, path, metadata):
+    def full(path, tensors, metadata):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files, "save_file", full)
+    monkeypatch.setitem(files.WRITERS, ".safetensors", full)
     with pytest.raises(RunError, match=r"cannot write .*a\.safetensors: .*No space left on device"):
         files.write(tmp_path / "a.safetensors", TENSORS, {})
     assert not list(tmp_path.iterdir())

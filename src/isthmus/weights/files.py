@@ -123,7 +123,9 @@ def unwrap(content: Any, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The state dict inside wrappers, its keys without prefixes, and notes on both; raises WeightsError."""
     unwrapped = _state_dict(content)
     if unwrapped is None:
-        held = f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "something else"
+        held = (
+            f"the keys {', '.join(map(str, list(content)[:5]))}" if isinstance(content, Mapping) else "something else"
+        )
         raise WeightsError(
             f"{name} holds no named tensors, but {held}; save a network's own: "
             f"torch.save(net.state_dict(), 'weights.pth')"

@@ -57,6 +57,7 @@ def test_what_scripts_store_beside_weights_stands_aside(tmp_path, protocol):
         "when": dt.datetime(2020, 1, 2),  # noqa: DTZ001
         "counts": collections.defaultdict(list, {"a": [1]}),
         "counter": collections.Counter("aab"),
+        "range": range(3),
         "set": {1},
         "frozen": frozenset({1}),
         "scalar": np.float64(0.5),
@@ -67,7 +68,7 @@ def test_what_scripts_store_beside_weights_stands_aside(tmp_path, protocol):
     assert found["args"] == Inert("argparse.Namespace")
     assert (found["counts"], found["counter"]) == ({"a": [1]}, {"a": 2, "b": 1})
     assert (found["set"], found["frozen"]) == ([1], [1])
-    assert {type(found[name]) for name in ("path", "when", "simple", "scalar")} == {Inert}
+    assert {type(found[name]) for name in ("path", "when", "simple", "scalar", "range")} == {Inert}
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
@@ -87,6 +88,12 @@ def test_arrays_of_every_protocol(tmp_path, protocol, dtype):
     assert all(np.array_equal(found.tensors[name].numpy(), array) for name, array in arrays.items())
     shapes = {name: header.shape for name, header in files.headers(tmp_path / "a.pkl").entries.items()}
     assert shapes == {name: array.shape for name, array in arrays.items()}
+
+
+def test_arrays_of_the_first_protocol_are_refused_by_name(tmp_path):
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"a": np.ones(3)}, 0))
+    with pytest.raises(WeightsError, match="as protocol 0 of pickle writes"):
+        files.read(tmp_path / "a.pkl")
 
 
 def python2(arrays):
@@ -172,9 +179,10 @@ def test_objects_that_are_no_data_are_refused_by_name(tmp_path, content):
 @pytest.mark.parametrize(
     ("content", "error"),
     [
-        (b"", KeyError),
-        (b"\x80\x02", KeyError),
-        (b"\x80\x02]", KeyError),
+        (b"", ValueError),
+        (b"\x80\x02", ValueError),
+        (b"\x80\x02]", ValueError),
+        (b"\x80\x02\x1f.", ValueError),  # no opcode
         (b".", IndexError),
         (b"t.", IndexError),
         (b"h\x05.", KeyError),
@@ -268,6 +276,8 @@ def test_tensors_as_torch_loads_them(tmp_path, dtype, zipped):
             lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
             r"a quantised tensor; dequantise\(\) it",
         ),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj(), r"conjugated .*; call resolve_conj\(\)"),
+        (lambda: torch.ones(3, dtype=torch.complex64).conj().imag, r"negated tensor; call .*resolve_neg\(\)"),
         (lambda: torch.ones(3, device="meta"), "a tensor on the meta device, which has no values"),
     ],
 )

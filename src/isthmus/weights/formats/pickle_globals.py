@@ -45,7 +45,7 @@ NUMPY = {
 }  # fmt: skip
 INERT = {
     "addict.addict.Dict", "argparse.Namespace", "builtins.bool", "builtins.complex", "builtins.float",
-    "builtins.int", "builtins.object", "builtins.slice", "builtins.str",
+    "builtins.int", "builtins.object", "builtins.slice", "builtins.str", "builtins.range", "builtins.xrange",
     "collections.deque", "datetime.date", "datetime.datetime", "datetime.timedelta", "easydict.EasyDict",
     "fvcore.common.config.CfgNode", "lightning_fabric.utilities.data.AttributeDict",
     "mmengine.config.config.ConfigDict", "mmengine.logging.history_buffer.HistoryBuffer",
@@ -179,19 +179,24 @@ def _ints(values: Any) -> tuple[int, ...]:
     return tuple(values)
 
 
-def _tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_grad: Any) -> Stored:
+def _tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any = False, _hooks: Any = None, lazy: Any = None
+) -> Stored:
     """torch._utils._rebuild_tensor and _rebuild_tensor_v2."""
-    return _view(storage, storage.dtype, offset, shape, stride)
+    return _view(storage, storage.dtype, offset, shape, stride, lazy)
 
 
 def _tensor_with_dtype(
-    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_metadata: Any
+    storage: Any, offset: Any, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, lazy: Any = None
 ) -> Stored:
     """torch._utils._rebuild_tensor_v3, for types without a storage class of their own."""
-    return _view(storage, dtype, offset, shape, stride)
+    return _view(storage, dtype, offset, shape, stride, lazy)
 
 
-def _view(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any) -> Stored:
+def _view(storage: Any, dtype: Any, offset: Any, shape: Any, stride: Any, lazy: Any) -> Stored:
+    """`lazy` says what torch has still to do with the numbers in the storage: {"conj": True}, {"neg": True}."""
+    if lazy:
+        raise ForeignError("torch.Tensor", "a lazily conjugated or negated tensor; call resolve_conj().resolve_neg()")
     if not isinstance(storage, Storage) or not isinstance(dtype, torch.dtype) or type(offset) is not int or offset < 0:
         raise ValueError("a tensor without a storage")
     return Stored(
@@ -216,7 +221,7 @@ def _array(content: Any, dtype: Any, shape: Any, *, fortran: bool) -> Stored | N
         raise ForeignError("numpy", "an array of big-endian numbers; call byteswap() and newbyteorder()")
     span = content.span if isinstance(content, Text) else content
     if not isinstance(span, Span):
-        raise TypeError("an array without its bytes")
+        raise TypeError("an array without its bytes, as protocol 0 of pickle writes; newer ones are read")
     sizes = _ints(shape)
     if not fortran:
         return Stored(span=span, dtype=dtype.torch, shape=sizes)

@@ -79,7 +79,9 @@ class _Machine:
     def run(self) -> Any:
         while True:
             self.budget.spend(1)
-            code = OPCODES[self.file.read(1)]
+            code = OPCODES.get(byte := self.file.read(1))
+            if code is None:
+                raise ValueError(f"{byte!r} in the place of an opcode" if byte else "a pickle without its end")
             if code.name == "STOP":
                 return self.stack.pop()
             if code.name in SIZED:

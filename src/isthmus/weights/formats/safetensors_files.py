@@ -12,9 +12,10 @@ from torch import Tensor
 from isthmus.errors import WeightsError
 from isthmus.weights.formats.stored import Span, Stored
 
-__all__ = ["INDEXES", "read_index", "read_safetensors", "save_file"]
+__all__ = ["HEADER", "INDEXES", "read_index", "read_safetensors", "save_file"]
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+HEADER = b"{"  # begins it, behind the eight bytes of its length
 MAX_HEADER = 1 << 22  # bytes; one of 10,000 tensors has a megabyte
 MAX_INDEX = 1 << 21  # bytes; JSON in memory can be thirty times as large
 ALIGNMENT = 8  # of the data's beginning
@@ -67,8 +68,8 @@ def read_index(path: Path) -> dict[str, Path]:
     return {name: path.parent / shard for name, shard in shards.items()}
 
 
-def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a .safetensors file, tensor by tensor; the same content gives the same bytes.
+def save_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write contiguous tensors of the CPU as a .safetensors file; the same content gives the same bytes.
 
     The format is a header's length in 8 bytes, the header as JSON, and the data without gaps. The library's own writer
     orders the metadata by chance.
@@ -87,5 +88,5 @@ def save_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, 
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            content = tensors[name].detach().cpu().contiguous().view(-1)
+            content = tensors[name].view(-1)
             file.write(content.view(torch.uint8).numpy().data)
