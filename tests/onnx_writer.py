@@ -183,7 +183,7 @@ class Writer:
             value = value if self.net.spec.preact else self.activation(value)
         return self.layers(self.net.plan.tail, "", value)
 
-    def head(self, value, *, pool="global", classifier="gemm", softmax=False):
+    def head(self, value, *, pool="global", classifier="gemm", ending=""):
         if self.style.maps == "last":
             value = self.add("Transpose", value, perm=[0, 3, 1, 2])
         if pool == "global":
@@ -212,7 +212,7 @@ class Writer:
             value = self.add("Gemm", value, self.constant(weight.T), bias)
         else:
             value = self.add("Add", bias, self.add("MatMul", value, self.constant(weight.T)))
-        return self.add("Softmax", value) if softmax else value
+        return self.add(ending, value) if ending else value
 
     def model(self, output, shape):
         graph = helper.make_graph(

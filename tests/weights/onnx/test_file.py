@@ -98,7 +98,7 @@ def node(op, inputs, output, **attributes):
         ([node("Expand", ["one", "huge"], "a")], "out of nothing"),
         ([node("Add", ["column", "line"], "a")], "out of nothing"),
         ([node("Gather", ["table", "line64"], "a")], "out of nothing"),
-        ([node("Tile", ["one", "huge"], "a")], "cannot be read"),
+        ([node("Tile", ["one", "huge"], "a")], "in a way that is not known"),
         ([node("Loop", ["one", "one", "picture"], "a")], "no place in a network of this family"),
         ([node("Reshape", ["picture", "huge"], "a")], "whose order it would change"),
         ([node("Reshape", ["one", "huge"], "a")], "do not fit it"),

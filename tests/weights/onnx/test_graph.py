@@ -214,7 +214,7 @@ def test_half_precision(tmp_path):
     changed(path, halve)
     found = load(path)
     assert torch.equal(found.fc.weight, net.fc.weight.half().float())
-    assert any("half precision" in note for note in read_onnx(path).notes)
+    assert any("float16" in note for note in read_onnx(path).notes)
     assert onnx_parity(path, found) < 5e-3
 
 
@@ -233,10 +233,38 @@ def test_heads(tmp_path, pool, classifier):
     assert relative(net(x), run(path, x.permute(0, 2, 3, 1).contiguous())) < 1e-4
 
 
-def test_a_softmax_is_dropped_and_said(tmp_path):
-    found = read_onnx(write_graph(tmp_path / "a.onnx", network(PLAIN), softmax=True))
+@pytest.mark.parametrize("ending", ["Softmax", "LogSoftmax", "Sigmoid"])
+def test_what_follows_the_logits_is_dropped_and_said(tmp_path, ending):
+    path = write_graph(tmp_path / "a.onnx", network(PLAIN), ending=ending)
+    found = read_onnx(path)
     assert found.spec.num_classes == 5
-    assert any("softmax" in note for note in found.notes)
+    assert (found.ending, found.notes) == (
+        ending.lower(),
+        (f"the graph ends in a {ending.lower()}; the network gives the logits before it",),
+    )
+    assert onnx_parity(path, load(path)) < 1e-5
+
+
+def test_activations_of_one_node(tmp_path):
+    path = write_graph(tmp_path / "a.onnx", network(PLAIN))
+    wanted = read_onnx(path)
+    changed(path, lambda graph: [rename(graph, "Relu", "Swish") for item in list(graph.node) if item.op_type == "Relu"])
+    assert read_onnx(path).spec == replace(wanted.spec, activation="silu")
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1.001e-5, 0.1])
+def test_any_epsilon_comes_back(tmp_path, eps):
+    """As it was written, and not as single precision holds it."""
+    spec = replace(PLAIN, norm_eps=eps)
+    assert read_onnx(write_graph(tmp_path / "a.onnx", network(spec))).spec.norm_eps == eps
+
+
+def test_a_classifier_that_pads_is_refused(tmp_path):
+    path = write_graph(tmp_path / "a.onnx", network(PLAIN), classifier="conv")
+    last = sum(item.op_type == "Conv" for item in onnx.load(path).graph.node) - 1
+    changed(path, lambda graph: set_attribute(graph, "Conv", "pads", [1, 1, 1, 1], last))
+    with pytest.raises(WeightsError, match=r"'culprit'.*must be a plain 1×1"):
+        read_onnx(path)
 
 
 @pytest.mark.parametrize(("name", "options"), [("resnet18", {}), ("resnet50", {}), ("resnext50_32x4d", {})])
@@ -320,6 +348,8 @@ def set_attribute(graph, op, name, value, index=0):
         (lambda graph: set_attribute(graph, "Conv", "dilations", [3, 3], 2), r"layer1\.0\.conv2 it would be"),
         (lambda graph: set_attribute(graph, "Conv", "strides", [2, 1], 2), "strides"),
         (lambda graph: set_attribute(graph, "Gemm", "alpha", 2.0), "scaled"),
+        (lambda graph: [rename(graph, "Relu", "Swish"), set_attribute(graph, "Swish", "alpha", 2.0)], "alpha is 2.0"),
+        (lambda graph: [rename(graph, "MaxPool", "Pad"), node(graph, "Pad").ClearField("attribute")], "it has no pads"),
         (lambda graph: set_attribute(graph, "BatchNormalization", "epsilon", 0.1, 1), "epsilon"),
     ],
 )

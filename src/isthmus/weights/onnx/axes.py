@@ -48,7 +48,7 @@ def as_is(call: Call) -> Value:
 
 
 def cast(call: Call) -> Value:
-    floating = call.node.integer("to", 0) in (1, 10, 11, 16)
+    floating = call.node.get("to", 0) in (1, 10, 11, 16)
     return call.value() if floating else call.node.fail("a cast to whole numbers; quantised graphs cannot be read")
 
 
@@ -60,7 +60,7 @@ def cast_like(call: Call) -> Value | Array:
 
 def transpose(call: Call) -> Value:
     value = call.value()
-    perm = call.node.integers("perm", tuple(reversed(range(len(value.axes)))))
+    perm = call.node.get("perm", tuple(reversed(range(len(value.axes)))))
     if sorted(perm) != list(range(len(value.axes))):
         call.node.fail(f"its perm {perm} does not fit {len(value.axes)} axes")
     return replace(value, axes=tuple(value.axes[axis] for axis in perm))
@@ -87,7 +87,7 @@ def unsqueeze(call: Call) -> Value:
 
 
 def flatten(call: Call) -> Value:
-    value, axis = row(call.value()), call.node.integer("axis", 1)
+    value, axis = row(call.value()), call.node.get("axis", 1)
     rest = [label for label in value.axes[1:] if label != ONE]
     if axis not in (1, 1 - len(value.axes)) or len(rest) != 1:
         call.node.fail(f"it flattens axes {', '.join(value.axes)}; only a pooled map can be")
@@ -98,7 +98,7 @@ def reshape(call: Call) -> Value:
     """A shape that keeps every axis of more than one value, in order; H and W may become one."""
     value = row(call.value())
     wanted = call.constant(1, "shape").reshape(-1).tolist()
-    old, zero = call.sizes(value), call.node.integer("allowzero", 0)
+    old, zero = call.sizes(value), call.node.get("allowzero", 0)
     wanted = [old[place] if size == 0 and not zero else size for place, size in enumerate(wanted)]
     area = call.sizes(replace(value, axes=(AREA,)))[0]
     left = [(axis, size) for axis, size in zip(value.axes, old, strict=True) if axis != ONE]
@@ -131,7 +131,9 @@ def expand(call: Call) -> Value:
 
 def pad(call: Call) -> Value:
     node, value = call.node, call.value()
-    pads = argument(node, call.args, "pads", 1) or ()
+    pads = argument(node, call.args, "pads", 1)
+    if pads is None:
+        node.fail("it has no pads")
     axes = argument(node, call.args, "axes", 3) or tuple(range(len(pads) // 2))
     if len(pads) != 2 * len(axes) or min(pads, default=0) < 0 or value.op.pooled:
         node.fail(f"its pads {pads} are none of a map")
@@ -139,8 +141,8 @@ def pad(call: Call) -> Value:
     before, after = (dict(zip(labels, part, strict=True)) for part in (pads[: len(axes)], pads[len(axes) :]))
     edges = tuple(side.get(axis, 0) for side in (before, after) for axis in "HW")
     more = after.get("C", 0)
-    mode = node.text("mode", "constant")
-    fill = float(call.constant(2, "value").reshape(-1)[0]) if call.has(2) else node.number("value", 0.0)
+    mode = node.get("mode", "constant")
+    fill = float(call.constant(2, "value").reshape(-1)[0]) if call.has(2) else node.get("value", 0.0)
     if not any(pads):
         return value
     if before.get("N", 0) or after.get("N", 0) or before.get("C", 0) or (more and any(edges)):

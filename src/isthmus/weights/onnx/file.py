@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from isthmus.errors import MissingExtraError, WeightsError
 __all__ = ["Array", "Graph", "Node", "read_graph"]
 
 Array = NDArray[Any]
+Value = TypeVar("Value", int, float, str, tuple[int, ...])
 
 MOST_ITEMS = (
     50_000  # nodes or constants: fifty times ResNet-152's; an object each is the memory that a small file takes
@@ -48,26 +49,13 @@ class Node:
         name = self.name or ", ".join(self.outputs)
         raise WeightsError(f"ONNX node {name[:99]!r} ({self.op[:99]}): {reason}")
 
-    def integer(self, name: str, default: int) -> int:
-        """An attribute that is one whole number."""
-        value = self.attributes.get(name, default)
-        return value if type(value) is int else self.fail(f"its {name} is {value!r}; it must be a whole number")
-
-    def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-        """An attribute that is a list of whole numbers."""
-        value: tuple[int, ...] = self.attributes.get(name, default)
-        whole = isinstance(value, tuple) and all(type(item) is int for item in value)
-        return value if whole else self.fail(f"its {name} is {value!r}; it must be whole numbers")
-
-    def number(self, name: str, default: float) -> float:
-        """An attribute that is one number."""
-        value = self.attributes.get(name, default)
-        return value if type(value) is float else self.fail(f"its {name} is {value!r}; it must be a number")
-
-    def text(self, name: str, default: str) -> str:
-        """An attribute that is a word."""
-        value = self.attributes.get(name, default)
-        return value if isinstance(value, str) else self.fail(f"its {name} is {value!r}; it must be a word")
+    def get(self, name: str, default: Value) -> Value:
+        """An attribute, of the type that its default has: a number, a word or a tuple of whole numbers."""
+        value: Value = self.attributes.get(name, default)
+        whole = not isinstance(value, tuple) or all(type(item) is int for item in value)
+        if type(value) is not type(default) or not whole:
+            self.fail(f"its {name} is {value!r}, where something like {default!r} belongs")
+        return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,7 +20,7 @@ TYPES: dict[int, str] = {1: "f4", 6: "i4", 7: "i8", 9: "?", 10: "f2", 11: "f8", 
 def argument(node: Node, args: list[Any], name: str, place: int) -> tuple[int, ...] | None:
     """Whole numbers that older versions of ONNX have as an attribute and newer ones as a constant input."""
     if name in node.attributes:
-        return node.integers(name, ())
+        return node.get(name, ())
     given = args[place] if place < len(args) else None
     return None if given is None else whole_numbers(node, given, name)
 
@@ -41,7 +41,7 @@ def axis_of(axis: int, count: int, node: Node) -> int:
 
 def sizes(node: Node, shape: tuple[int | str, ...]) -> Array:
     """What the operation Shape gives: whole numbers, or objects where some size is not fixed."""
-    picked = shape[node.integer("start", 0) : node.integer("end", len(shape))]
+    picked = shape[node.get("start", 0) : node.get("end", len(shape))]
     fixed = all(isinstance(size, int) for size in picked)
     return np.array(picked, np.int64 if fixed else object)
 
@@ -61,24 +61,24 @@ def _constant(node: Node, _args: list[Array]) -> Array:
 
 
 def _cast(node: Node, args: list[Array]) -> Array:
-    kind = TYPES.get(node.integer("to", 0))
+    kind = TYPES.get(node.get("to", 0))
     words = args[0].dtype == object
     return args[0] if words else args[0].astype(kind or node.fail("a type that cannot be read"), copy=False)
 
 
 def _transpose(node: Node, args: list[Array]) -> Array:
-    return args[0].transpose(node.integers("perm", tuple(reversed(range(args[0].ndim)))))
+    return args[0].transpose(node.get("perm", tuple(reversed(range(args[0].ndim)))))
 
 
 def _reshape(node: Node, args: list[Array]) -> Array:
     shape = whole_numbers(node, args[1], "shape")
-    if not node.integer("allowzero", 0):
+    if not node.get("allowzero", 0):
         shape = tuple(args[0].shape[place] if size == 0 else size for place, size in enumerate(shape))
     return args[0].reshape(shape)
 
 
 def _flatten(node: Node, args: list[Array]) -> Array:
-    axis = node.integer("axis", 1)
+    axis = node.get("axis", 1)
     return args[0].reshape(prod(args[0].shape[:axis]), -1)
 
 
@@ -91,12 +91,12 @@ def _unsqueeze(node: Node, args: list[Array]) -> Array:
 
 
 def _concat(node: Node, args: list[Array]) -> Array:
-    return np.concatenate(args, node.integer("axis", 0))
+    return np.concatenate(args, node.get("axis", 0))
 
 
 def _gather(node: Node, args: list[Array]) -> Array:
     source, places = args[0], args[1].astype(np.int64)
-    axis = axis_of(node.integer("axis", 0), source.ndim, node)
+    axis = axis_of(node.get("axis", 0), source.ndim, node)
     shape = (*source.shape[:axis], *places.shape, *source.shape[axis + 1 :])
     if prod(shape) > source.size:
         _small(node, shape)
@@ -182,7 +182,7 @@ class Folder:
     def __call__(self, node: Node, args: list[Array]) -> Array:
         """The constant that a node makes; raises WeightsError."""
         if node.op not in FOLDS:
-            node.fail("this operation on constants cannot be read (quantised graphs cannot: use the float one)")
+            node.fail("it makes a constant in a way that is not known; of a quantised graph, use the float one")
         result = FOLDS[node.op](node, args)
         if not any(np.may_share_memory(result, array) for array in args):
             self.budget -= result.nbytes

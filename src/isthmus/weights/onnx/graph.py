@@ -19,7 +19,7 @@ from isthmus.arch.variants import name_of, variant, variants
 from isthmus.errors import SpecError, WeightsError
 from isthmus.weights.onnx.blocks import Block, Parts, of_kind, parts
 from isthmus.weights.onnx.file import read_graph
-from isthmus.weights.onnx.layers import Layers
+from isthmus.weights.onnx.layers import ENDINGS, Layers
 from isthmus.weights.onnx.normal import Normal, normal_form
 from isthmus.weights.onnx.op import Op
 
@@ -32,7 +32,6 @@ STEM_POOLS: dict[tuple[tuple[int, ...], bool], Any] = {  # pads and ceil mode of
     ((0, 0, 0, 0), True): "max_ceil",
 }
 RATIOS = (1 / 16, 1 / 4, 1 / 8, 1 / 2, 1 / 32)  # of squeeze-and-excitation's strip; timm's first
-HALF = "the weights are in half precision; the network holds them in single, and rounds less than the graph"
 FOLDED = "norms were already folded into the convolutions, so the network has none"
 
 
@@ -41,7 +40,7 @@ class OnnxNetwork:
     """A network read from an ONNX graph: its tensors under our names, and notes on what the graph does otherwise.
 
     `shape` is the picture's as the graph wants it, with a word where any size goes; `channels_last` that it comes as
-    (N, H, W, C), and `softmax` that the graph ends in one.
+    (N, H, W, C), and `ending` what the graph does to the logits: nothing (""), softmax, logsoftmax or sigmoid.
     """
 
     spec: NetSpec
@@ -49,7 +48,7 @@ class OnnxNetwork:
     notes: tuple[str, ...]
     shape: tuple[int | str, ...]
     channels_last: bool
-    softmax: bool
+    ending: str
 
 
 def read_onnx(path: Path | str) -> OnnxNetwork:
@@ -72,7 +71,7 @@ def read_onnx(path: Path | str) -> OnnxNetwork:
         notes=tuple(_notes(normal, spec, found, layers.notes)),
         shape=normal.shape,
         channels_last=normal.channels_last,
-        softmax=normal.end.kind == "softmax",
+        ending=normal.end.kind if normal.end.kind in ENDINGS else "",
     )
 
 
@@ -225,12 +224,12 @@ def _notes(normal: Normal, spec: NetSpec, found: Parts, told: set[str]) -> Itera
     """What the user should know of the graph beside its spec and tensors."""
     if normal.channels_last:
         yield "the graph takes pictures as (N, H, W, C); the network takes (N, C, H, W)"
-    if any(any(op.window.pads) and op.node.text("auto_pad", "NOTSET").startswith("SAME") for op in found):
+    if any(any(op.window.pads) and op.node.get("auto_pad", "NOTSET").startswith("SAME") for op in found):
         yield f"automatic pads were worked out for pictures of {normal.shape}; at other sizes they may differ"
-    if any(op.weight.dtype.itemsize == 2 for op in of_kind(found, "conv")):
-        yield HALF
+    if types := {str(op.weight.dtype) for op in of_kind(found, "conv")} - {"float32"}:
+        yield f"the weights are of type {', '.join(sorted(types))}; the network's are float32, so it rounds otherwise"
     if spec.norm == "none":
         yield FOLDED
     yield from sorted(told)
-    if normal.end.kind == "softmax":
-        yield "the graph ends in a softmax; the network gives the logits before it"
+    if normal.end.kind in ENDINGS:
+        yield f"the graph ends in a {normal.end.kind}; the network gives the logits before it"

@@ -13,7 +13,9 @@ from isthmus.weights.onnx.blocks import Parts
 from isthmus.weights.onnx.file import Array
 from isthmus.weights.onnx.op import Op
 
-__all__ = ["Layers"]
+__all__ = ["ENDINGS", "Layers"]
+
+ENDINGS = {"softmax", "logsoftmax", "sigmoid"}  # what may follow the logits, and is left out
 
 ONNX_NAMES = {
     "conv": "Conv",
@@ -168,9 +170,9 @@ class Layers:
     def head(self, ops: list[Op], end: Op) -> None:
         """The classifier's tensors; raises WeightsError unless the head is a mean over the map and one linear layer."""
         classes = self.spec.num_classes
-        wanted = ["pool", "linear", "softmax"] if classes else ["pool"]
-        for op, kind in zip(ops, wanted, strict=False):
-            if op.kind != kind:
+        wanted = [{"pool"}, {"linear"}, ENDINGS] if classes else [{"pool"}]
+        for op, kinds in zip(ops, wanted, strict=False):
+            if op.kind not in kinds:
                 op.node.fail("a head is a mean over the map, then one linear layer; this cannot be expressed")
         if len(ops) not in ((2, 3) if classes else (1,)):
             (ops[-1] if ops else end).node.fail("the graph does not end in a mean over the map and a linear layer")

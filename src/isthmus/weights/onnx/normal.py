@@ -73,7 +73,7 @@ def _channels_last(graph: Graph) -> bool:
         if names.isdisjoint(node.inputs[:1]):
             continue
         if node.op == "Transpose":
-            return node.integers("perm", ()) == (0, 3, 1, 2)
+            return node.get("perm", ()) == (0, 3, 1, 2)
         if node.op in ("Identity", "Cast", "Pad"):
             names.update(node.outputs)
     return False
@@ -98,14 +98,14 @@ def _conv(call: Call) -> Value:
     constants = {"weight": weight}
     if call.has(2) and (bias := _vector(call, 2, len(weight))).any():  # some exporters write a bias of zeros
         constants["bias"] = bias
-    if not weight.size or node.integers("kernel_shape", weight.shape[2:]) != weight.shape[2:]:
+    if not weight.size or node.get("kernel_shape", weight.shape[2:]) != weight.shape[2:]:
         node.fail(f"its weight has shape {weight.shape} and its kernel_shape is another, or nothing")
     if weight.ndim == 3:
         return _conv_over_channels(call, constants)
     if value.op.pooled:
-        plain = value.axes == (*ROW, ONE, ONE) and weight.ndim == 4 and weight.shape[2:] == (1, 1)
-        if not plain or node.integer("group", 1) != 1:
-            node.fail("a convolution of a pooled map must be a 1×1 without groups")
+        plain = value.axes == (*ROW, ONE, ONE) and weight.ndim == 4
+        if not plain or _window(node, weight.shape[2:], (1, 1)) != Window():
+            node.fail("a convolution of a pooled map must be a plain 1×1")
         return Value(_linear(node, value.op, constants | {"weight": weight[:, :, 0, 0]}), value.axes)
     op = call.map()
     if weight.ndim != 4:
@@ -124,8 +124,8 @@ def _conv_over_channels(call: Call, constants: dict[str, Array]) -> Value:
     """The convolution of ECA (Wang et al. 2019), which slides over the channels of a pooled map."""
     node, value = call.node, call.value()
     kernel = constants["weight"].shape[-1]
-    pads = node.integers("pads", (0, 0))
-    found = constants["weight"].shape[:2], pads, node.integers("strides", (1,)), node.integers("dilations", (1,))
+    pads = node.get("pads", (0, 0))
+    found = constants["weight"].shape[:2], pads, node.get("strides", (1,)), node.get("dilations", (1,))
     if value.axes != ("N", ONE, "C") or found != ((1, 1), (kernel // 2,) * 2, (1,), (1,)) or len(constants) > 1:
         node.fail("a one-dimensional convolution must be channel attention's: one filter over all channels")
     return Value(value.op.then("eca", node, constants=constants), value.axes)
@@ -149,11 +149,11 @@ def _linear(node: Node, op: Op, constants: dict[str, Array]) -> Op:
 
 def _gemm(call: Call) -> Value:
     node, value, weight = call.node, axis_nodes.row(call.value()), call.constant(1, "weight")
-    if node.number("alpha", 1.0) != 1 or node.number("beta", 1.0) != 1 or node.integer("transA", 0):
+    if node.get("alpha", 1.0) != 1 or node.get("beta", 1.0) != 1 or node.get("transA", 0):
         node.fail("a scaled or transposed classifier cannot be read")
     if value.axes != ROW:
         node.fail(f"it reads axes {', '.join(value.axes)}; a pooled map (N, C) was expected")
-    weight = weight if node.integer("transB", 0) else weight.T
+    weight = weight if node.get("transB", 0) else weight.T
     bias = {"bias": _vector(call, 2, len(weight))} if call.has(2) else {}
     return Value(_linear(node, value.op, {"weight": weight, **bias}), ROW)
 
@@ -167,7 +167,7 @@ def _matmul(call: Call) -> Value:
 
 def _max_pool(call: Call) -> Value:
     node, op = call.node, call.map()
-    window = _window(node, node.integers("kernel_shape", ()), op.size)
+    window = _window(node, node.get("kernel_shape", ()), op.size)
     # Behind a ReLU nothing is below zero, so zeros never win and such a pad is a pad by minus infinity.
     if op.kind == "lowpad" or (op.kind == "zeropad" and op.inputs[0].kind == "act"):
         op, window = _joined(op, window)
@@ -176,8 +176,8 @@ def _max_pool(call: Call) -> Value:
 
 def _average_pool(call: Call) -> Value:
     node, op = call.node, call.map()
-    window = _window(node, node.integers("kernel_shape", ()), op.size)
-    window = replace(window, counts_pads=bool(node.integer("count_include_pad", 0)))
+    window = _window(node, node.get("kernel_shape", ()), op.size)
+    window = replace(window, counts_pads=bool(node.get("count_include_pad", 0)))
     if op.kind == "zeropad" and not any(window.pads):
         op, window = _joined(op, replace(window, counts_pads=True))
     return _slid("avgpool", node, op, window)
@@ -193,7 +193,7 @@ def _reduce_mean(call: Call) -> Value:
     places = {axis_of(axis, len(value.axes), node) for axis in axes}
     if {value.axes[place] for place in places} not in ({"H", "W"}, {AREA}):
         node.fail(f"a mean over axes {axes}; over the map it would be those of H and W")
-    kept = (ONE,) if node.integer("keepdims", 1) else ()
+    kept = (ONE,) if node.get("keepdims", 1) else ()
     seen = [kept if place in places else (axis,) for place, axis in enumerate(value.axes)]
     return Value(value.op.then("pool", node, pooled=True), tuple(axis for part in seen for axis in part))
 
@@ -202,11 +202,11 @@ def _window(node: Node, kernel: tuple[int, ...], size: tuple[Size, Size]) -> Win
     """What a node says of its sliding, with automatic pads worked out."""
     window = Window(
         kernel=kernel,
-        strides=node.integers("strides", (1, 1)),
-        pads=node.integers("pads", (0, 0, 0, 0)),
-        dilations=node.integers("dilations", (1, 1)),
-        groups=node.integer("group", 1),
-        ceil=bool(node.integer("ceil_mode", 0)),
+        strides=node.get("strides", (1, 1)),
+        pads=node.get("pads", (0, 0, 0, 0)),
+        dilations=node.get("dilations", (1, 1)),
+        groups=node.get("group", 1),
+        ceil=bool(node.get("ceil_mode", 0)),
     )
     lengths = [len(part) for part in (window.kernel, window.strides, window.dilations, window.pads)]
     least = min((*window.kernel, *window.strides, *window.dilations, window.groups), default=0)
@@ -215,7 +215,7 @@ def _window(node: Node, kernel: tuple[int, ...], size: tuple[Size, Size]) -> Win
     for name, (first, second) in {"strides": window.strides, "dilations": window.dilations}.items():
         if first != second:
             node.fail(f"its {name} {first} and {second} differ; no layer that can be built has such")
-    automatic = node.text("auto_pad", "NOTSET")
+    automatic = node.get("auto_pad", "NOTSET")
     if automatic in ("SAME_UPPER", "SAME_LOWER"):
         totals = [_same(node, window, axis, size[axis]) for axis in (0, 1)]
         less, more = [total // 2 for total in totals], [total - total // 2 for total in totals]
@@ -261,13 +261,13 @@ def _vector(call: Call, place: int, channels: int) -> Array:
 
 def _batch_norm(call: Call) -> Value:
     node, value = call.node, call.value()
-    if node.integer("training_mode", 0) or not node.integer("spatial", 1):
+    if node.get("training_mode", 0) or not node.get("spatial", 1):
         node.fail("it normalises by its batch; export the network in evaluation mode")
     if value.axes[1:2] != ("C",):
         node.fail(f"it reads axes {', '.join(value.axes)}; the second must be C")
     names = ("weight", "bias", "running_mean", "running_var")
     constants = {name: _vector(call, place, value.op.channels) for place, name in enumerate(names, 1)}
-    eps = round(node.number("epsilon", 1e-5), 9)  # the file has it in single precision
+    eps = float(str(np.float32(node.get("epsilon", 1e-5))))  # as it was before it became single precision
     if value.op.kind == "norm":
         scale = constants["weight"] / np.sqrt(constants["running_var"].astype(np.float64) + eps)
         return _affine(node, value, scale, constants["bias"] - constants["running_mean"] * scale)
@@ -355,11 +355,20 @@ def _gate(node: Node, value: Value, row: Value) -> Value:
     return replace(value, op=value.op.then("gate", node, parts=weights))
 
 
-def _softmax(call: Call) -> Value:
-    value = axis_nodes.row(call.value())
-    if value.axes[axis_of(call.node.integer("axis", -1), len(value.axes), call.node)] != "C" or not value.op.pooled:
-        call.node.fail("a softmax must be over the classes")
-    return replace(value, op=value.op.then("softmax", call.node))
+def _softmax(kind: Kind) -> Callable[[Call], Value]:
+    def over_classes(call: Call) -> Value:
+        value = axis_nodes.row(call.value())
+        if value.axes[axis_of(call.node.get("axis", -1), len(value.axes), call.node)] != "C" or not value.op.pooled:
+            call.node.fail("a softmax must be over the classes")
+        return replace(value, op=value.op.then(kind, call.node))
+
+    return over_classes
+
+
+def _swish(call: Call) -> Value:
+    if (alpha := call.node.get("alpha", 1.0)) != 1:
+        call.node.fail(f"its alpha is {alpha}; SiLU has 1")
+    return _activation("silu")(call)
 
 
 def _activation(kind: Kind) -> Callable[[Call], Value]:
@@ -382,8 +391,9 @@ OPERATIONS: dict[str, Callable[[Call], Value | Array]] = {
     "Div": _arithmetic,
     "Relu": _activation("act"),
     "Sigmoid": _activation("sigmoid"),
-    "Swish": _activation("silu"),
-    "Softmax": _softmax,
+    "Swish": _swish,
+    "Softmax": _softmax("softmax"),
+    "LogSoftmax": _softmax("logsoftmax"),
     "Identity": axis_nodes.as_is,
     "Dropout": axis_nodes.as_is,
     "Cast": axis_nodes.cast,

@@ -12,7 +12,7 @@ __all__ = ["AREA", "MAP", "ONE", "ROW", "WIDE", "Call", "Kind", "Op", "Size", "V
 Size = int | str
 Kind = Literal[
     "input", "conv", "norm", "act", "sigmoid", "silu", "maxpool", "avgpool", "blur", "zeropad", "lowpad", "reflectpad",
-    "padchannels", "subsample", "gate", "add", "pool", "linear", "eca", "softmax",
+    "padchannels", "subsample", "gate", "add", "pool", "linear", "eca", "softmax", "logsoftmax",
 ]  # fmt: skip
 MAP, ROW = ("N", "C", "H", "W"), ("N", "C")
 ONE = "1"  # the label of an axis of one value

@@ -1,6 +1,6 @@
 """An ONNX graph beside the network that was read from it: what ONNX Runtime computes, and how far we are from it."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,12 @@ from isthmus.weights.onnx.graph import OnnxNetwork, read_onnx
 __all__ = ["onnx_outputs", "onnx_parity"]
 
 PICTURES = 2  # in one batch where the graph takes any; a graph of fixed batch gets that
+ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda logits: logits,
+    "softmax": lambda logits: logits.softmax(1),
+    "logsoftmax": lambda logits: logits.log_softmax(1),
+    "sigmoid": torch.sigmoid,
+}
 TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
 
 
@@ -29,7 +35,7 @@ def onnx_parity(path: Path | str, net: ResNet) -> float:
 def onnx_outputs(path: Path | str, net: ResNet, pictures: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """What a network in evaluation and a graph give for `pictures` (N, C, H, W), or for a few fixed ones: (N, classes).
 
-    Logits, or probabilities where the graph ends in a softmax. A size that the graph leaves open is the network's.
+    Logits, or what the graph makes of them at its end. A size that the graph leaves open is the network's.
     Raises MissingExtraError without ONNX Runtime, WeightsError where it refuses the file or the pictures have
     a size that the graph does not take, or the network has other classes or input channels.
     """
@@ -47,7 +53,7 @@ def onnx_outputs(path: Path | str, net: ResNet, pictures: Tensor | None = None) 
             mine = net.eval()(pictures.to(first.device, first.dtype)).cpu().double()
     finally:
         net.train(training)
-    return mine.softmax(1) if graph.softmax else mine, theirs
+    return ENDINGS[graph.ending](mine), theirs
 
 
 def _pictures(graph: OnnxNetwork, net: ResNet) -> Tensor:
