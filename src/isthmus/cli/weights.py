@@ -49,7 +49,8 @@ def inspect(weights: Weights, *, values: bool = False, as_json: Json = False) ->
 
     found = inspect_weights(weights, values=values)
     if as_json:
-        print(json.dumps(inspection_values(found), indent=2))  # noqa: T201
+        document = dict.fromkeys(found.__dataclass_fields__) | records.to_dict(found)
+        print(json.dumps(document, indent=2))  # noqa: T201
         return
     print_facts(found.source, inspection_facts(found))
     for finding in found.findings:
@@ -91,7 +92,7 @@ def convert(
             "path": str(done.path),
             "layout": done.layout,
             "tensors": comparison_values(done.tensors),
-            "outputs": None if done.agreement is None else agreement_values(done.agreement),
+            "outputs": agreement_values(done.agreement),
             "notes": list(done.notes),
             "pushed": address,
         }
@@ -174,16 +175,6 @@ def network(arch: str | None) -> "str | NetSpec | None":
     from isthmus.arch.spec import NetSpec
 
     return NetSpec.from_file(Path(arch)) if arch is not None and arch.endswith(".toml") else arch
-
-
-def inspection_values(found: "Inspection") -> dict[str, Any]:
-    """What was found under the keys of our JSON."""
-    return {
-        **records.to_dict(found),
-        "evidence": [match._asdict() for match in found.evidence],
-        "preprocess": None if found.preprocess is None else records.to_dict(found.preprocess),
-        "metadata": dict(found.metadata),
-    }
 
 
 def inspection_facts(found: "Inspection") -> Facts:
@@ -269,14 +260,14 @@ def verification_facts(found: "Verification") -> Facts:
     return [*what, *tensor_facts(found.tensors), *output_facts(found.agreement), *notes]
 
 
-def agreement_values(found: "Agreement") -> dict[str, Any]:
+def agreement_values(found: "Agreement | None") -> dict[str, Any] | None:
     """Outputs under the keys of our JSON."""
-    return finite({"equal": found.equal, **records.to_dict(found)})
+    return None if found is None else finite({"equal": found.equal, **records.to_dict(found)})
 
 
-def comparison_values(found: "TensorComparison") -> dict[str, Any]:
+def comparison_values(found: "TensorComparison | None") -> dict[str, Any] | None:
     """Tensors under the keys of our JSON."""
-    return finite({"same": found.same, **records.to_dict(found)})
+    return None if found is None else finite({"same": found.same, **records.to_dict(found)})
 
 
 def finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +282,7 @@ def verification_values(found: "Verification") -> dict[str, Any]:
         "against": found.against,
         "equal": found.agreement.equal,
         "outputs": agreement_values(found.agreement),
-        "tensors": None if found.tensors is None else comparison_values(found.tensors),
+        "tensors": comparison_values(found.tensors),
         "notes": list(found.notes),
     }
 

@@ -9,7 +9,6 @@ import torch
 from isthmus.arch.spec import NetSpec
 from isthmus.errors import RunError, WeightsError
 from isthmus.nn.network import ResNet
-from isthmus.weights import files, layouts
 from isthmus.weights.compare import Agreement, TensorComparison, compare_logits, compare_tensors, pictures
 from isthmus.weights.fit import LoadReport
 from isthmus.weights.load import create, load_weights, read_network
@@ -44,14 +43,10 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
     place = path.resolve()  # . has no name of its own
     source = open_source(origin, None)
     net, report = read_network(source, arch=arch)
-    notes = list(layouts.from_native(net.state_dict(), layout, net.spec).notes)
-    if path.suffix in files.WRITERS and path.suffix != ".safetensors":
-        named = f" and {len(net.classes)} class names" if net.classes else ""
-        notes.append(f"a {path.suffix} file has no place for preprocessing{named}: {net.preprocess}")
     try:
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".isthmus-") as folder:
             written = Path(folder) / place.name
-            save_weights(net, written, layout=layout, extra=source.extra)
+            notes = list(save_weights(net, written, layout=layout, extra=source.extra))
             again = _read_back(net, written, layout)
             tensors = compare_tensors(net.state_dict(), again.state_dict())
             if lost := [name for name in tensors.different if name.endswith(COUNTER)]:

@@ -6,7 +6,7 @@ Ours are those of timm's resnet.py and of torchvision. What another library comp
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -45,7 +45,8 @@ class Translated(NamedTuple):
     notes: tuple[str, ...]
 
 
-class Match(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Match:
     """How many of a file's tensors a layout has a name for, and whether a stem and a block are among them."""
 
     layout: str

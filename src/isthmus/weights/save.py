@@ -17,8 +17,10 @@ __all__ = ["makes_folder", "save_weights"]
 
 def save_weights(
     net: ResNet, path: Path | str, *, layout: str = "native", extra: Mapping[str, Any] | None = None
-) -> None:
+) -> tuple[str, ...]:
     """Save a network in the names of `layout`, whole or not at all; `extra` must be plain JSON values.
+
+    Returned are sentences on what the file keeps otherwise or not at all.
 
     The suffix of `path` says the format: .safetensors carries spec, preprocessing, classes and `extra`, so that `load`
     reads it back; .pth, .pkl and .h5 hold tensors alone. With layout transformers and none of these suffixes, `path` is
@@ -31,11 +33,15 @@ def save_weights(
             f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
         )
     metadata = {"format": "pt", "isthmus": _description(net, layout, extra or {})}
-    tensors = layouts.from_native(net.state_dict(), layout, net.spec).tensors
+    tensors, notes = layouts.from_native(net.state_dict(), layout, net.spec)
     if makes_folder(path, layout):
         write_folder(net, path, tensors, metadata, extra or {})
-    else:
-        files.write(path, tensors, metadata)
+        return notes
+    files.write(path, tensors, metadata)
+    if path.suffix in ("", ".safetensors"):
+        return notes
+    named = f" and {len(net.classes)} class names" if net.classes else ""
+    return (*notes, f"a {path.suffix} file has no place for preprocessing{named}: {net.preprocess}")
 
 
 def makes_folder(path: Path, layout: str) -> bool:
