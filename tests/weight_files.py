@@ -89,10 +89,10 @@ def keras_tensors() -> dict[str, Tensor]:
     return {name: torch.randn(shape, generator=random) for name, shape in shapes.items()}
 
 
-def write_keras3(path: Path | io.BytesIO, content: Mapping[str, Tensor], *, libver: str = "earliest") -> None:
+def write_keras3(path: Path | io.BytesIO, content: Mapping[str, Tensor]) -> None:
     """The layout of `.weights.h5`: groups named by classes, variables by numbers, layers by an attribute."""
     classes = {"conv": "conv2d", "norm": "batch_normalization", "dense": "dense"}
-    with h5py.File(path, "w", libver=libver) as file:
+    with h5py.File(path, "w") as file:
         for name, tensor in content.items():
             layer = name.split("/")[0]
             group = file.require_group(f"layers/{classes[layer]}/vars")

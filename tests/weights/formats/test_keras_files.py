@@ -77,6 +77,18 @@ def test_every_kind_of_file_holds_the_variables_of_the_network(model, tmp_path, 
     assert entries == {name: (value.shape, "float32") for name, value in wanted.items()}
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_trunk_under_a_new_head(tmp_path, kind):
+    """Transfer learning: the trunk is a model of its own, whose variables are not named after it."""
+    picture = keras.Input((9, 9, 3))
+    x = layers.BatchNormalization(name="bn")(layers.Conv2D(4, 3, name="conv")(picture))
+    trunk = keras.Model(picture, layers.GlobalAveragePooling2D()(x), name="trunk")
+    model = randomised(keras.Sequential([keras.Input((9, 9, 3)), trunk, layers.Dense(2, name="head")]))
+    found, wanted = files.read(saved(model, tmp_path / kind)).tensors, variables(model)
+    assert set(found) == set(wanted)
+    assert all(np.array_equal(found[name].numpy(), wanted[name]) for name in wanted)
+
+
 def test_optimiser_state_is_no_weight(tmp_path):
     model = keras.Sequential([keras.Input((4,)), layers.Dense(2, name="only")])
     model.compile("adam", "mse")

@@ -1,8 +1,9 @@
 """HDF5 files as trees of groups, attributes and datasets, read without the HDF5 library and without their data.
 
 The library can loop for ever on a damaged file, and nothing can interrupt it; a few bit flips in a small Keras file
-are enough. What Keras writes is a small part of the format, and this is it: groups of both generations, attributes of
-text, contiguous datasets of numbers. The rest (links to other places, chunks, filters, virtual datasets) is refused.
+are enough. What Keras writes is a small part of the format, and this is it: the first generation's groups, attributes
+of text, contiguous datasets of numbers. The rest (links to other places, chunks, filters, virtual datasets, and the
+groups of HDF5 1.8 and later, which h5py writes where it is asked to) is refused.
 Layout and names of the structures: the HDF5 File Format Specification, version 3.0, The HDF Group.
 """
 
@@ -25,9 +26,12 @@ READS = 4  # how many times the file's size may be read in structures, which end
 MEMORY = 50 << 20  # bytes that groups and texts may take; those of a network with 1,000 layers take one
 OBJECT, TEXT = 500, 100  # bytes of memory for an empty one, roughly
 
-# Header messages, by their numbers.
-DATASPACE, LINK_INFO, DATATYPE, LINK, EXTERNAL_FILES, LAYOUT = 0x01, 0x02, 0x03, 0x06, 0x07, 0x08
-ATTRIBUTE, CONTINUATION, SYMBOL_TABLE, ATTRIBUTE_INFO = 0x0C, 0x10, 0x11, 0x15
+MESSAGE = struct.Struct("<HHB3x")  # of an object header: its kind, the length of its content, flags
+# Kinds of header messages.
+DATASPACE, DATATYPE, EXTERNAL_FILES, LAYOUT = 0x01, 0x03, 0x07, 0x08
+ATTRIBUTE, CONTINUATION, SYMBOL_TABLE = 0x0C, 0x10, 0x11
+LATER = (0x02, 0x06, 0x15)  # how later generations keep links and attributes
+NEWER = "a link to another file, or structures newer than those of Keras; load the weights there and save them again"
 
 FLOATS = {(2, 5): torch.float16, (2, 8): torch.bfloat16, (4, 8): torch.float32, (8, 11): torch.float64}
 """By bytes and bits of the exponent."""
@@ -107,15 +111,10 @@ class _Reader:
 
     def root(self) -> Group:
         version = self.at(0, 9)[8]
-        if version in (0, 1):
-            start = 24 if version == 0 else 28
-            sizes = self.at(13, 2)
-            base, _, end, _, _, root = struct.unpack("<6Q", self.at(start, 48))
-        elif version in (2, 3):
-            sizes = self.at(9, 2)
-            base, _, end, root = struct.unpack("<4Q", self.at(12, 32))
-        else:
-            raise ValueError(f"HDF5 of version {version}")
+        if version not in (0, 1):
+            raise ValueError(NEWER)
+        sizes = self.at(13, 2)
+        base, _, end, _, _, root = struct.unpack("<6Q", self.at(24 if version == 0 else 28, 48))
         if sizes != b"\x08\x08" or base != 0:
             raise ValueError("an HDF5 file with other addresses than of 64 bits from its beginning on")
         if end > self.within.length:
@@ -166,35 +165,24 @@ class _Reader:
     # Object headers
 
     def messages(self, address: int) -> Iterator[tuple[int, bytes]]:
-        """Number and content of every message of an object header, both generations."""
+        """Number and content of every message of an object header."""
         start = self.at(address, 16)
-        if start[:4] == b"OHDR":
-            flags, position = start[5], 6
-            position += 16 * bool(flags & 0x20) + 4 * bool(flags & 0x10)
-            width = 1 << (flags & 3)
-            size = int.from_bytes(self.at(address + position, width), "little")
-            blocks = [(address + position + width, size)]
-            new, form = True, struct.Struct("<BHB2x" if flags & 4 else "<BHB")
-        elif start[0] == 1:
-            blocks = [(address + 16, int.from_bytes(start[8:12], "little"))]
-            new, form = False, struct.Struct("<HHB3x")
-        else:
-            raise ValueError(f"no object header at {address}")
+        if start[0] != 1:
+            raise ValueError(NEWER if start[:4] == b"OHDR" else f"no object header at {address}")
+        blocks = [(address + 16, int.from_bytes(start[8:12], "little"))]
         for begin, length in blocks:  # which grows while it is walked
             block, position = self.at(begin, length), 0
-            while position + form.size <= length:
-                kind, size, flags = form.unpack_from(block, position)
-                position += form.size
+            while position + MESSAGE.size <= length:
+                kind, size, flags = MESSAGE.unpack_from(block, position)
+                position += MESSAGE.size
                 content = block[position : position + size]
                 if len(content) < size:
                     raise ValueError("a header message without its end")
                 position += size
                 if kind == CONTINUATION:
-                    target, extent = struct.unpack_from("<QQ", content)
-                    if new:  # the newer generation signs the block, and sums it up
-                        self.signed(target, 4, b"OCHK")
-                        target, extent = target + 4, extent - 8
-                    blocks.append((target, extent))
+                    blocks.append(struct.unpack_from("<QQ", content))
+                elif kind in LATER:
+                    raise ValueError(NEWER)
                 elif kind:
                     if flags & 2:
                         raise ValueError("a message shared with another object")
@@ -207,14 +195,6 @@ class _Reader:
             header = self.signed(heap, 32, b"HEAP")
             size, _, start = struct.unpack_from("<QQQ", header, 8)
             yield from self.symbols(tree, self.at(start, size), None)
-        for content in found.get(LINK, []):
-            yield _link(content)
-        for content in found.get(LINK_INFO, []):
-            heap, tree = struct.unpack_from("<QQ", content, 2 + 8 * (content[1] & 1))
-            if heap != NOWHERE:
-                objects = _Heap(self, heap)
-                for record in self.records(tree):
-                    yield _link(objects.get(record[4:]))
 
     def symbols(self, address: int, names: bytes, level: int | None) -> Iterator[tuple[str, int]]:
         """Name and header address of every entry of an old group's B-tree."""
@@ -235,49 +215,11 @@ class _Reader:
                     raise ValueError("a link to another place")
                 yield names[name : names.index(b"\0", name)].decode(), target
 
-    def records(self, address: int) -> Iterator[bytes]:
-        """Every record of a version 2 B-tree."""
-        header = self.signed(address, 38, b"BTHD")
-        node_size, record_size, depth = struct.unpack_from("<IHH", header, 6)
-        root, count = struct.unpack_from("<QH", header, 16)
-        if not record_size or node_size < 10 + record_size:
-            raise ValueError("a B-tree without room for records")
-        # How many records a node of each depth can hold at most decides the width of the numbers in its parent.
-        total = (node_size - 10) // record_size
-        width, widths = _width(total), []
-        for level in range(depth):
-            widths.append((width, _width(total) if level else 0))
-            pointer = 8 + sum(widths[-1])
-            most = (node_size - 10 - pointer) // (record_size + pointer)
-            total = (most + 1) * total + most
-        yield from self.node(root, count, depth, record_size, widths)
-
-    def node(
-        self, address: int, count: int, depth: int, record_size: int, widths: list[tuple[int, int]]
-    ) -> Iterator[bytes]:
-        self.signed(address, 6, b"BTIN" if depth else b"BTLF")
-        table = self.at(address + 6, count * record_size)
-        yield from (table[start : start + record_size] for start in range(0, len(table), record_size))
-        if depth:
-            width, total = widths[depth - 1]
-            size = 8 + width + total
-            pointers = self.at(address + 6 + len(table), (count + 1) * size)
-            for start in range(0, len(pointers), size):
-                child = int.from_bytes(pointers[start : start + 8], "little")
-                entries = int.from_bytes(pointers[start + 8 : start + 8 + width], "little")
-                yield from self.node(child, entries, depth - 1, record_size, widths)
-
     # Attributes
 
     def attributes(self, found: Mapping[int, list[bytes]]) -> Iterator[tuple[str, list[str]]]:
         """Name and texts of every attribute of text."""
-        contents = list(found.get(ATTRIBUTE, []))
-        for content in found.get(ATTRIBUTE_INFO, []):
-            heap, tree = struct.unpack_from("<QQ", content, 2 + 2 * (content[1] & 1))
-            if heap != NOWHERE:
-                objects = _Heap(self, heap)
-                contents += [objects.get(record[:8]) for record in self.records(tree)]
-        for content in contents:
+        for content in found.get(ATTRIBUTE, []):
             version, flags, *sizes = struct.unpack_from("<BB3H", content)
             if version not in (1, 2, 3) or (version > 1 and flags):
                 raise ValueError("an attribute of a kind that Keras does not write")
@@ -320,63 +262,6 @@ class _Reader:
         return found[:length]
 
 
-class _Heap:
-    """A fractal heap: blocks of growing sizes, addressed as one row of bytes, in which newer groups keep links."""
-
-    def __init__(self, reader: _Reader, address: int) -> None:
-        self.reader = reader
-        header = reader.signed(address, 142, b"FRHP")
-        filters, self.flags, largest = struct.unpack_from("<HBI", header, 7)
-        self.columns, self.smallest, self.direct, bits = struct.unpack_from("<HQQH", header, 110)
-        self.root, self.rows = struct.unpack_from("<QH", header, 132)
-        if filters or not self.columns or not self.smallest or bits > 64:
-            raise ValueError("a heap with filters, or without blocks")
-        self.offset_width = -(-bits // 8)
-        self.length_width = _width(min(self.direct, largest))
-
-    def get(self, key: bytes) -> bytes:
-        """The object with this heap id."""
-        if key[0] & 0xF0:
-            raise ValueError("a heap object of a kind that Keras does not write")
-        offset = int.from_bytes(key[1 : 1 + self.offset_width], "little")
-        width = 1 + self.offset_width
-        length = int.from_bytes(key[width : width + self.length_width], "little")
-        if not self.rows:
-            return self.reader.at(self.root + offset, length)
-        return self.reader.at(self.place(self.root, self.rows, offset), length)
-
-    def place(self, address: int, rows: int, offset: int) -> int:
-        """The address in the file of an offset into the indirect block at `address`."""
-        child = address + 5 + 8 + self.offset_width
-        self.reader.signed(address, 4, b"FHIB")
-        for row in range(rows):
-            size = self.smallest << max(row - 1, 0)
-            if offset >= size * self.columns:
-                offset -= size * self.columns
-                child += 8 * self.columns
-                continue
-            column, offset = divmod(offset, size)
-            (target,) = struct.unpack("<Q", self.reader.at(child + 8 * column, 8))
-            if size <= self.direct:
-                return int(target) + offset
-            return self.place(target, (size // self.smallest // self.columns).bit_length(), offset)
-        raise ValueError("an offset beyond its heap")
-
-
-def _link(content: bytes) -> tuple[str, int]:
-    """Name and header address of a link message; only hard links stay in the file."""
-    version, flags = content[0], content[1]
-    position = 2
-    if version != 1 or (flags & 8 and content[position]):
-        raise ValueError("a link to another place")
-    position += bool(flags & 8) + 8 * bool(flags & 4) + bool(flags & 16)
-    width = 1 << (flags & 3)
-    length = int.from_bytes(content[position : position + width], "little")
-    position += width
-    (address,) = struct.unpack_from("<Q", content, position + length)
-    return content[position : position + length].decode(), address
-
-
 def _shape(content: bytes) -> tuple[int, ...] | None:
     """The sizes of a dataspace; None for one that holds nothing."""
     version, rank = content[0], content[1]
@@ -395,8 +280,3 @@ def _datatype(content: bytes) -> _Type:
     if kind == 1 and not bits & 1:
         return _Type(size, FLOATS.get((size, content[13])))
     return _Type(size, text=kind == 3 or (kind == 9 and bits & 15 == 1), far=kind == 9)
-
-
-def _width(number: int) -> int:
-    """Bytes that a number up to this one takes."""
-    return max((number.bit_length() + 7) // 8, 1)

@@ -74,7 +74,8 @@ def _legacy(root: Group, layers: list[str]) -> Iterator[tuple[str, Stored]]:
     for layer in layers:
         group = _group(root, layer)
         names = [text.split(":")[0].split("/") for text in _texts(group, "weight_names")]
-        nested = any(len(parts) > 2 for parts in names)  # a network that is used as a layer
+        # A network that is used as a layer: its own layers stand before the variables.
+        nested = any(len(parts) > 2 for parts in names) or len({parts[-2] for parts in names if len(parts) > 1}) > 1
         for parts, text in zip(names, _texts(group, "weight_names"), strict=True):
             stored = group.at(text)
             if isinstance(stored, Group):
