@@ -115,7 +115,7 @@ def test_what_gives_no_map_to_compare():
             return self.net.state_dict()
 
         def forward(self, x):
-            return {"logits": self.net(x)}
+            return {"logits": "none"}
 
     with pytest.raises(WeightsError, match="cannot be tried on a 97 px picture"):
         check_same_function(ResNet(plan("resnet18")), Odd(), "native")
@@ -126,3 +126,15 @@ def test_what_is_put_around_a_network_in_memory(name):
     report = load_weights(create("test_resnet"), nn.ModuleDict({name: timm.create_model("test_resnet")}))
     assert "tried on random parameters" in str(report)
     assert "prefix" in str(report)
+
+
+def test_networks_that_give_maps():
+    report = load_weights(create("resnet10t", num_classes=0), timm.create_model("resnet10t", features_only=True))
+    assert "tried on random parameters" in str(report)
+    fcn = torchvision.models.segmentation.fcn_resnet50(weights=None, weights_backbone=None, num_classes=2)
+    net = create(variant("resnet50").with_output_stride(8), num_classes=0)
+    assert "tried on random parameters" in str(load_weights(net, fcn.backbone))
+    with pytest.raises(WeightsError, match=r"or leave them out: load_weights\(..., ignore=\('classifier.',\)\)"):
+        load_weights(net, fcn)
+    with pytest.raises(WeightsError, match=r"gives \(1, 2\) before its classifier and ours \(1, 2048\)"):
+        load_weights(net, fcn, ignore=("classifier.",))

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from isthmus.arch.variants import variant, variants
 from isthmus.errors import WeightsError
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
+from isthmus.weights.files import unwrap
 from isthmus.weights.layouts import LAYOUTS, has, modules, pairs, to_native, weight_keys
 from isthmus.weights.published.hf import from_pretrained_cfg
 
@@ -104,7 +106,7 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
         if name in modules:
             theirs.set_submodule(name, nn.Identity())
     randomise(theirs)
-    tensors = to_native(theirs.state_dict(), layout, net.spec).tensors
+    tensors = to_native(unwrap(theirs.state_dict(), "the network in memory")[0], layout, net.spec).tensors
     first = next(tensors[f"{name}.weight"] for name in STEMS if f"{name}.weight" in tensors)
     channels, dims = first.shape[1], first.ndim - 2
     spec = replace(net.spec, in_channels=channels, dims=dims, num_classes=0, drop_path=0.0, head=HeadSpec())
@@ -121,10 +123,7 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
     with torch.no_grad():
         mine = ours(pictures)
         try:
-            other = theirs(pictures)
-            if not isinstance(other, Tensor):  # transformers' outputs, with and without a classifier
-                other = other.logits if hasattr(other, "logits") else other.pooler_output
-            other = other.flatten(1)
+            other = _pooled(theirs(pictures))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise WeightsError(f"the network in memory cannot be tried on a {side} px picture: {reason}") from error
@@ -141,6 +140,16 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
             f"network that it is"
         )
     return difference
+
+
+def _pooled(output: Any) -> Tensor:
+    """Features (N, C) of what a network gives: a tensor, an output of transformers, or several maps: the last."""
+    for name in ("logits", "pooler_output"):
+        output = getattr(output, name, output)
+    if isinstance(output, Mapping):
+        output = list(output.values())
+    last: Tensor = output[-1] if isinstance(output, list | tuple) else output
+    return last.flatten(2).mean(2) if last.ndim > 2 else last
 
 
 def randomise(module: nn.Module) -> None:

@@ -255,6 +255,9 @@ def _check_fit(source: Source, ready: dict[str, Tensor], wanted: dict[str, Tenso
         known = source.spec.name if source.spec else ""
         names = [known] if known else candidates(source.tensors, layout_of(source))
         mend = f"they fit {listed(names, 6)}" if names else "make the network that they are from"
+        heads = tuple(dict.fromkeys(name.partition(".")[0] + "." for name in unexpected))
+        if not (missing or wrong or any(name.startswith(heads) for name in wanted)):  # a decoder's, say
+            mend += f", or leave them out: load_weights(..., ignore={heads})"
         raise WeightsError(f"{source.name} does not fit {spec.name or 'the network'}: {'; '.join(told)}; {mend}")
 
 
