@@ -16,6 +16,7 @@ from isthmus.errors import WeightsError
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
 from isthmus.weights.files import unwrap
+from isthmus.weights.layout_tables import COUNTER
 from isthmus.weights.layouts import LAYOUTS, has, modules, pairs, to_native, weight_keys
 from isthmus.weights.published.hf import from_pretrained_cfg
 
@@ -23,7 +24,6 @@ __all__ = ["candidates", "check_same_function", "decided", "timm_preprocess"]
 
 TOLERANCE = 1e-3  # in single precision; a wrong stride place or filter is off by more than a tenth
 STEMS = ("conv1", "conv1.0")
-COUNTER = "num_batches_tracked"
 
 
 def timm_preprocess(module: nn.Module) -> Preprocess | None:
@@ -163,9 +163,9 @@ def randomise(module: nn.Module) -> None:
             tensor.uniform_(low, high, generator=generator)
 
 
-def _compare_layers(ours: nn.Module, theirs: nn.Module, layout: str) -> None:
+def _compare_layers(ours: ResNet, theirs: nn.Module, layout: str) -> None:
     """Raise WeightsError naming convolutions and norms whose stride, dilation, groups or epsilon differ."""
-    names = {pair.native: pair.foreign for pair in pairs(layout, ours.spec)} if isinstance(ours, ResNet) else {}
+    names = {pair.native: pair.foreign for pair in pairs(layout, ours.spec)}
     modules = dict(theirs.named_modules())
     wrong = []
     for name, layer in ours.named_modules():

@@ -11,6 +11,7 @@ from isthmus.errors import RunError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.compare import Agreement, TensorComparison, compare_logits, compare_tensors, pictures
 from isthmus.weights.fit import LoadReport
+from isthmus.weights.layout_tables import COUNTER
 from isthmus.weights.load import create, load_weights, read_network
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import open_source
@@ -18,7 +19,6 @@ from isthmus.weights.source import open_source
 __all__ = ["Conversion", "convert"]
 
 TOLERANCE = 1e-6  # of the outputs in double precision, where a layout computes with the tensors in single
-COUNTER = ".num_batches_tracked"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -9,11 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from isthmus.weights.source import listed
+from isthmus.weights.layout_tables import COUNTER
+from isthmus.weights.source import listed, precision
 
 __all__ = ["STATISTICS", "Finding", "by_kind", "by_values"]
 
-COUNTER = "num_batches_tracked"
 MEAN_OF = {"running_var": "running_mean", "moving_variance": "moving_mean", "_riv": "_rm"}  # by libraries' endings
 SCALE_OF = {"running_var": "weight", "moving_variance": "gamma", "_riv": "_s"}
 VARIANCES = tuple(MEAN_OF)
@@ -49,7 +49,7 @@ class Check(NamedTuple):
 def by_kind(tensors: Mapping[str, Tensor]) -> list[Finding]:
     """Findings that need no values, so that tensors may be on the meta device."""
     found = []
-    floats = {name: _word(tensor.dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    floats = {name: precision(tensor.dtype) for name, tensor in tensors.items() if tensor.is_floating_point()}
     (usual, _), *others = Counter(floats.values()).most_common() or [("", 0)]
     for kind, _ in others:
         names = tuple(name for name in floats if floats[name] == kind)
@@ -159,7 +159,3 @@ def _repeated(tensors: Mapping[str, Tensor]) -> Iterable[Finding]:
     for names in groups.values():
         if len(names) > 1:
             yield Finding("repeated", "the same content", tuple(names))
-
-
-def _word(kind: torch.dtype) -> str:
-    return str(kind).removeprefix("torch.")

@@ -15,14 +15,14 @@ from isthmus.nn.network import ResNet, make_head
 from isthmus.records import to_dict
 from isthmus.weights import adapt, layouts
 from isthmus.weights.adopt import candidates
-from isthmus.weights.source import Source, listed
+from isthmus.weights.layout_tables import COUNTER
+from isthmus.weights.source import Source, listed, precision
 
 __all__ = ["Fitted", "Head", "LoadReport", "fit_tensors", "layout_of", "preprocess_of"]
 
 HEAD = "fc."
 FREE = ("stages", "head", "drop_path", "in_channels", "num_classes", "dims", "name")  # what a network may have its own
 SPATIAL = ("stride", "stride_block", "dilation", "first_dilation")
-COUNTER = ".num_batches_tracked"
 AXES = ("depth", "height", "width")
 
 Head = Literal["keep", "adapt", "new"]
@@ -103,7 +103,7 @@ def fit_tensors(
     compute(*_in_dims(source, ready, wanted, spec.dims, adapt_dims))
     compute(*_in_channels(source, ready, wanted, spec.in_channels, asked=adapt_input))
     counters = [name for name in wanted if name.endswith(COUNTER) and name not in ready]
-    older = [name for name in counters if f"{name.removesuffix(COUNTER)}.running_mean" in ready]
+    older = [name for name in counters if f"{name.removesuffix(COUNTER)}running_mean" in ready]
     initialise({name: torch.zeros((), dtype=torch.long) for name in older}, "the source counts no batches")
     _check_fit(source, _trunk(ready), _trunk(wanted), spec)  # first: of another network the classifier differs too
 
@@ -267,17 +267,13 @@ def _findings(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> li
     casts: dict[str, int] = {}
     for name, tensor in floating.items():
         if tensor.dtype != wanted[name].dtype:
-            cast = f"from {_precision(tensor)} to {_precision(wanted[name])}"
+            cast = f"from {precision(tensor.dtype)} to {precision(wanted[name].dtype)}"
             casts[cast] = casts.get(cast, 0) + 1
     notes = [f"{count} tensors cast {cast}" for cast, count in casts.items()]
     broken = [name for name, tensor in floating.items() if not _is_finite(tensor)]
     if broken:
         notes.append(f"warning: {len(broken)} tensors hold values that are not finite: {listed(broken)}")
     return notes
-
-
-def _precision(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -12,7 +12,7 @@ from isthmus.weights import files, layouts
 from isthmus.weights.adopt import candidates
 from isthmus.weights.findings import STATISTICS, Finding, by_kind, by_values
 from isthmus.weights.fit import layout_of, preprocess_of
-from isthmus.weights.source import Source, open_source
+from isthmus.weights.source import Source, open_source, precision
 
 __all__ = ["Inspection", "inspect_weights"]
 
@@ -91,5 +91,5 @@ def _file(source: Source) -> tuple[str, int, Mapping[str, str]]:
 
 
 def _dtypes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values())
+    kinds = Counter(precision(tensor.dtype) for tensor in tensors.values())
     return dict(kinds.most_common())

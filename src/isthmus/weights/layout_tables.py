@@ -12,11 +12,12 @@ from typing import Any
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec, NetSpec
 
-__all__ = ["ELASTIC", "LAYOUTS", "Layout", "Names", "made_of"]
+__all__ = ["COUNTER", "ELASTIC", "LAYOUTS", "Layout", "Names", "made_of"]
 
 Names = Mapping[str, str | tuple[str, ...]]
 """Our name to theirs; where they have several, the first is written and all are read."""
 Can = dict[str, tuple[Any, ...]]
+COUNTER = "num_batches_tracked"  # of batches, in torch's norms: only training reads it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,7 +103,7 @@ def made_of(spec: NetSpec) -> dict[str, tuple[Any, ...]]:
 
 TORCH: dict[str, Names] = {
     "conv": {"weight": ".weight", "bias": ".bias"},
-    "norm": {name: f".{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")},
+    "norm": {name: f".{name}" for name in ("weight", "bias", "running_mean", "running_var", COUNTER)},
     "linear": {"weight": ".weight", "bias": ".bias"},
 }
 KERAS: dict[str, Names] = {

@@ -28,7 +28,7 @@ from isthmus.weights.adopt import timm_preprocess
 from isthmus.weights.onnx.graph import read_onnx
 from isthmus.weights.published import catalog, hf, hub
 
-__all__ = ["SCHEMA", "Origin", "Source", "listed", "open_source"]
+__all__ = ["SCHEMA", "Origin", "Source", "listed", "open_source", "precision"]
 
 SCHEMA = 1
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # JSON of other shape
@@ -259,3 +259,8 @@ def listed(names: Iterable[str], count: int = 4) -> str:
     every = list(names)
     rest = f" and {len(every) - count} more" if len(every) > count else ""
     return ", ".join(every[:count]) + rest
+
+
+def precision(kind: torch.dtype) -> str:
+    """The name of a kind of numbers, such as float32."""
+    return str(kind).removeprefix("torch.")
