@@ -145,14 +145,15 @@ def list_weights(pattern: str = "*", *, as_json: Json = False) -> None:
     """
     from isthmus.weights.published.catalog import published
 
-    rows = [record_values(record) for record in published(pattern)]
+    found = published(pattern)
+    rows = [record_values(record) for record in found]
     if not rows:
         raise WeightsError(f"no published weights match {pattern!r}; `isthmus weights list` lists all")
     if as_json:
         print(json.dumps(rows, indent=2))  # noqa: T201
         return
     if len(rows) == 1:
-        print_facts(rows[0]["name"], record_facts(rows[0]))
+        print_facts(found[0].name, record_facts(found[0]))
         return
     print_table(
         f"{len(rows)} published weights",
@@ -308,15 +309,10 @@ def record_values(record: "Record") -> dict[str, Any]:
     }
 
 
-def record_facts(row: dict[str, Any]) -> Facts:
+def record_facts(record: "Record") -> Facts:
     """A published file, a line a fact."""
-    from isthmus.arch.preprocess import Preprocess
-
-    known = {
-        **row,
-        "params": row["params"] and f"{row['params']:,}",
-        "top1": row["top1"] and f"{row['top1']} % of ImageNet-1k",
-        "top5": row["top5"] and f"{row['top5']} % of ImageNet-1k",
-        "preprocess": records.from_dict(Preprocess, row["preprocess"]),
-    }
-    return [(key, str(value)) for key, value in known.items() if value is not None and key != "name"]
+    row = record_values(record) | {"preprocess": record.preprocess}
+    row["params"] = row["params"] and f"{row['params']:,}"
+    for score in ("top1", "top5"):
+        row[score] = row[score] and f"{row[score]} % of ImageNet-1k"
+    return [(key, str(value)) for key, value in row.items() if value is not None and key != "name"]
