@@ -88,8 +88,8 @@ def node(op, inputs, output, **attributes):
 @pytest.mark.parametrize(
     ("nodes", "reason"),
     [
-        ([node("Relu", ["out"], "out")], "no node before it makes its input 'out'"),
-        ([node("Relu", ["b"], "a"), node("Relu", ["a"], "b")], "no node before it makes its input 'b'"),
+        ([node("Relu", ["out"], "out")], "no node makes its input 'out'"),
+        ([node("Relu", ["b"], "a"), node("Relu", ["a"], "b")], "no node makes its input 'b'"),
         ([node("Relu", ["picture"], "a"), node("Relu", ["picture"], "a")], "what it makes is there already"),
         ([helper.make_node("Relu", ["picture"], [], name="culprit")], "there already, or has no name"),
         ([node("Constant", [], "a")], "a constant of this kind cannot be read"),

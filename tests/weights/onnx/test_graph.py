@@ -218,6 +218,21 @@ def test_half_precision(tmp_path):
     assert onnx_parity(path, found) < 5e-3
 
 
+def test_nodes_out_of_order(tmp_path):
+    """ONNX Runtime takes them, and its converter to half precision puts the casts of the input last."""
+    path = write_graph(tmp_path / "a.onnx", network(PLAIN), channels_last=True)
+
+    def shuffle(graph):
+        nodes = list(graph.node)
+        graph.ClearField("node")
+        graph.node.extend(nodes[::-1])
+
+    wanted = read_onnx(path).tensors
+    changed(path, shuffle)
+    assert run(path, torch.randn(1, 64, 64, 3)).shape == (1, 5)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in read_onnx(path).tensors.items())
+
+
 HEADS = [*product(("global", "window", "mean", "mean_last", "mean_flat"), ("gemm", "gemm_plain", "matmul"))]
 HEADS += [("global", "conv"), ("mean", "conv")]  # a convolution needs axes of one for H and W
 

@@ -1,6 +1,7 @@
 """An ONNX file to nodes and constants: every size is checked before memory is taken, and no path leaves its folder."""
 
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -60,7 +61,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Graph:
-    """What a file holds. `shape` is the picture's, with a word where any size goes; nodes come in their order."""
+    """What a file holds. `shape` is the picture's, with a word where any size goes; nodes come after what they read."""
 
     nodes: tuple[Node, ...]
     constants: dict[str, Array]
@@ -86,6 +87,26 @@ def read_graph(path: Path) -> Graph:
         raise WeightsError(f"cannot read {path}: {error.strerror} ({error.filename}); check the path") from error
     except (DecodeError, UnicodeDecodeError) as error:
         raise WeightsError(f"{path} is truncated, damaged or no ONNX file ({error})") from error
+
+
+def _in_order(nodes: Iterable[Node], made: set[str]) -> Iterator[Node]:
+    """Nodes behind those whose results they read, as converters to half precision do not leave them.
+
+    Those that wait for ever come last. `made` are the names of what is there before all nodes.
+    """
+    waiting: defaultdict[str, list[Node]] = defaultdict(list)
+    for node in nodes:
+        ready = [node]
+        while ready:
+            one = ready.pop()
+            missing = next((name for name in one.inputs if name and name not in made), None)
+            if missing is not None:
+                waiting[missing].append(one)
+                continue
+            yield one
+            made.update(one.outputs)
+            ready += [other for name in one.outputs for other in waiting.pop(name, ())]
+    yield from (node for several in waiting.values() for node in several)
 
 
 class _Reader:
@@ -124,7 +145,7 @@ class _Reader:
         if kind not in FLOATS:
             self.fail(f"takes pictures of type {kind}; a network takes floating-point ones")
         return Graph(
-            nodes=tuple(map(self.node, graph.node)),
+            nodes=tuple(_in_order(map(self.node, graph.node), {pictures[0].name, *constants})),
             constants=constants,
             input=pictures[0].name,
             shape=shapes[0],

@@ -3,7 +3,7 @@
 Every value is an operation of the normal form seen through its axes: a map with N, C, H and W, or after a pool over the
 whole map a row with N and C. What only moves axes (transposes, reshapes, and the shapes computed for them) changes how
 an operation is seen and makes none. Factors and terms per channel become one `norm`, pads join what they pad, and
-gates of channels become one operation. Nodes are read once, in their order, which a cycle cannot have.
+gates of channels become one operation. Nodes are read once, each behind those it reads, which a cycle cannot be.
 """
 
 from collections.abc import Callable
@@ -49,7 +49,7 @@ def normal_form(graph: Graph) -> Normal:
     with np.errstate(all="ignore"):
         for node in graph.nodes:
             if missing := [name for name in node.inputs if name and name not in values]:
-                node.fail(f"no node before it makes its input {missing[0]!r}")
+                node.fail(f"no node makes its input {missing[0]!r}, or only one that needs it")
             if not node.outputs or node.outputs[0] in values:
                 node.fail("what it makes is there already, or has no name")
             args = [values[name] if name else None for name in node.inputs]
