@@ -9,6 +9,8 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from isthmus.nn.network import ResNet
+from isthmus.weights.onnx.parity import onnx_outputs
+from oracles import relative_error
 
 PROJECTIONS = ("conv1", "conv3", "avg")
 
@@ -238,3 +240,8 @@ def write_graph(path, net, *, style=Style(), channels_last=False, any_size=False
     output = writer.head(writer.trunk(value), **head)
     onnx.save(writer.model(output, shape), str(path))
     return path
+
+
+def onnx_parity(path, net):
+    """How far a network in evaluation is from what ONNX Runtime computes of a graph, for a few fixed pictures."""
+    return relative_error(*onnx_outputs(path, net))

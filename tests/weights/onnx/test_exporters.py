@@ -19,7 +19,8 @@ from isthmus.errors import MissingExtraError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.load import load
 from isthmus.weights.onnx.graph import read_onnx
-from isthmus.weights.onnx.parity import onnx_outputs, onnx_parity
+from isthmus.weights.onnx.parity import onnx_outputs
+from onnx_writer import onnx_parity
 from oracles import randomise, relative_error
 
 EXPORTER = Path(__file__).parents[2] / "keras_exporter.py"

@@ -21,9 +21,8 @@ from isthmus.errors import MissingExtraError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.load import load
 from isthmus.weights.onnx.graph import read_onnx
-from isthmus.weights.onnx.parity import onnx_parity
 from isthmus.weights.published import catalog
-from onnx_writer import Style, write_graph
+from onnx_writer import Style, onnx_parity, write_graph
 from oracles import randomise
 
 BOTTLENECKS = (StageSpec(depth=2, mid=4, out=16), StageSpec(depth=3, mid=8, out=32, stride=2))

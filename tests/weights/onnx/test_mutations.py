@@ -13,8 +13,8 @@ from isthmus.errors import WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.load import load
 from isthmus.weights.onnx.graph import read_onnx
-from isthmus.weights.onnx.parity import onnx_outputs, onnx_parity
-from onnx_writer import Style, write_graph
+from isthmus.weights.onnx.parity import onnx_outputs
+from onnx_writer import Style, onnx_parity, write_graph
 from oracles import randomise, relative_error, seed_of
 
 STAGES = (StageSpec(depth=2, mid=4, out=16), StageSpec(depth=2, mid=8, out=32, stride=2))

@@ -1,4 +1,4 @@
-"""An ONNX graph beside the network that was read from it: what ONNX Runtime computes, and how far we are from it."""
+"""An ONNX graph beside the network that was read from it: what ONNX Runtime computes, and what we do."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +11,7 @@ from isthmus.errors import MissingExtraError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.onnx.graph import OnnxNetwork, read_onnx
 
-__all__ = ["onnx_outputs", "onnx_parity"]
+__all__ = ["onnx_outputs"]
 
 PICTURES = 2  # in one batch where the graph takes any; a graph of fixed batch gets that
 ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -21,15 +21,6 @@ ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid,
 }
 TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
-
-
-def onnx_parity(path: Path | str, net: ResNet) -> float:
-    """The largest difference between what a graph and a network in evaluation give for a few fixed pictures.
-
-    Absolute, over the largest absolute value that the graph gives. Raises WeightsError as `onnx_outputs` does.
-    """
-    mine, theirs = onnx_outputs(path, net)
-    return float((mine - theirs).abs().max() / theirs.abs().max())
 
 
 def onnx_outputs(path: Path | str, net: ResNet, pictures: Tensor | None = None) -> tuple[Tensor, Tensor]:
