@@ -3,10 +3,12 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torchvision
-from transformers import AutoModelForImageClassification
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 import isthmus
 from isthmus.arch.preprocess import IMAGENET
@@ -18,6 +20,7 @@ from isthmus.weights.convert import convert
 from isthmus.weights.load import load, load_weights
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import open_source
+from isthmus.weights.verify import shown
 from oracles import random_state, relative_error
 from small_runs import copied, same
 
@@ -128,6 +131,22 @@ def test_published_weights_take_their_licence_along(tmp_path):
     convert("demo", tmp_path / "out.safetensors", "native")
     extra = open_source(tmp_path / "out.safetensors", None).extra
     assert (extra["source"], extra["licence"]) == ("demo", "BSD-2-Clause")
+
+
+def test_a_network_of_bgr_becomes_one_that_takes_the_pictures_of_transformers(tmp_path, source):
+    net = load(source)
+    net.preprocess = replace(net.preprocess, resize=64, channels="BGR", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_weights(net, bgr := tmp_path / "bgr.safetensors")
+    done = convert(bgr, tmp_path / "folder", "transformers")
+    assert "has its channels turned round" in done.notes[0]
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    given = AutoImageProcessor.from_pretrained(done.path)(photo, return_tensors="pt")
+    theirs = AutoModelForImageClassification.from_pretrained(done.path).eval()
+    photo.save(tmp_path / "photo.png")
+    with torch.no_grad():
+        wanted = net(shown(tmp_path / "photo.png", net.preprocess))
+        assert relative_error(theirs(**given).logits, wanted) < 1e-5
+        assert relative_error(theirs(given["pixel_values"].flip(1)).logits, wanted) > 1e-2
 
 
 # -- when it goes wrong ------------------------------------------------------------------------------------------------

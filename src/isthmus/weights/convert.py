@@ -1,7 +1,7 @@
 """Weights from one library's names and format to another's, read back and compared before they count as written."""
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,11 +9,12 @@ import torch
 from isthmus.arch.spec import NetSpec
 from isthmus.errors import RunError, WeightsError
 from isthmus.nn.network import ResNet
+from isthmus.weights import layouts
 from isthmus.weights.compare import Agreement, TensorComparison, compare_logits, compare_tensors, pictures
 from isthmus.weights.fit import LoadReport
 from isthmus.weights.layout_tables import COUNTER
 from isthmus.weights.load import create, load_weights, read_network
-from isthmus.weights.save import save_weights
+from isthmus.weights.save import makes_folder, save_weights
 from isthmus.weights.source import open_source
 
 __all__ = ["Conversion", "convert"]
@@ -43,10 +44,14 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
     place = path.resolve()  # . has no name of its own
     source = open_source(origin, None)
     net, report = read_network(source, arch=arch)
+    notes = []
+    if makes_folder(path, layout) and layouts.has(layout, net.spec) and net.preprocess.channels == "BGR":
+        _take_rgb(net)
+        notes.append("pictures are RGB there: the first convolution, which took BGR, has its channels turned round")
     try:
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".isthmus-") as folder:
             written = Path(folder) / place.name
-            notes = list(save_weights(net, written, layout=layout, extra=source.extra))
+            notes += save_weights(net, written, layout=layout, extra=source.extra)
             again = _read_back(net, written, layout)
             tensors = compare_tensors(net.state_dict(), again.state_dict())
             if lost := [name for name in tensors.different if name.endswith(COUNTER)]:
@@ -62,6 +67,13 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
     except OSError as error:
         raise RunError(f"cannot write {path}: {error.strerror or error}; nothing was changed") from error
     return Conversion(report=report, path=path, layout=layout, tensors=tensors, agreement=agreement, notes=tuple(notes))
+
+
+def _take_rgb(net: ResNet) -> None:
+    """Turn round the input channels of a network that takes BGR, and its preprocessing with them."""
+    record, first = net.preprocess, net.get_parameter("conv1.weight")
+    first.data = first.data.flip(1)
+    net.preprocess = replace(record, channels="RGB", mean=record.mean[::-1], std=record.std[::-1])
 
 
 def _read_back(net: ResNet, path: Path, layout: str) -> ResNet:

@@ -196,7 +196,7 @@ def to_preprocessor(preprocess: Preprocess) -> dict[str, Any]:
     if preprocess.channels != "RGB":
         raise WeightsError(
             f"transformers' processors give RGB, and this network takes {preprocess.channels}; save it with "
-            f"layout='native'"
+            f"layout='native' (`isthmus weights convert` can turn BGR round)"
         )
     side = preprocess.resize
     return {
