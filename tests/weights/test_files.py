@@ -56,7 +56,7 @@ def test_a_header_whose_length_looks_like_a_web_page(tmp_path):
     assert list(files.read(tmp_path / "a.safetensors").tensors) == ["a"]
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state", "ema"])
+@pytest.mark.parametrize("wrapper", ["state_dict", "model", "model_state", "ema", "teacher"])
 @pytest.mark.parametrize("prefix", ["module.", "backbone.", "_orig_mod.", "module._orig_mod."])
 def test_wrappers_and_prefixes_go_and_are_said(tmp_path, wrapper, prefix):
     prefixed = {prefix + name: tensor for name, tensor in TENSORS.items()}

@@ -31,7 +31,7 @@ Format = Literal["safetensors", "torch", "pickle", "keras"]
 
 WRAPPERS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "blobs",
-    "model_ema", "state_dict_ema", "ema_state_dict", "ema",
+    "model_ema", "state_dict_ema", "ema_state_dict", "ema", "teacher", "student", "weights",
 )  # fmt: skip
 MAX_WRAPPERS = 3  # in one another; a dict can hold itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.", "encoder.", "net.")
