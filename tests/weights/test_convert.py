@@ -17,7 +17,7 @@ from isthmus.arch.variants import variant
 from isthmus.errors import RunError, WeightsError
 from isthmus.weights import convert as converting
 from isthmus.weights.convert import convert
-from isthmus.weights.load import load, load_weights
+from isthmus.weights.load import load, load_weights, read_network
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import open_source
 from isthmus.weights.verify import shown
@@ -112,6 +112,9 @@ def test_formats_that_hold_tensors_alone_say_what_is_lost(tmp_path, source):
     (note,) = convert(source, tmp_path / "out.pth", "native").notes
     assert "a .pth file has no place for preprocessing and 3 class names" in note
     assert str(IMAGENET.at(64)) in note
+    (note,) = convert(source, out := tmp_path / "out.h5", "keras").notes[:1]
+    assert "; readers take that of keras: " in note
+    assert "BGR" in str(read_network(out, arch=SPEC)[1])
 
 
 def test_a_bare_state_dict_takes_its_classes_and_channels_along(tmp_path):

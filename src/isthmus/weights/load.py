@@ -239,6 +239,10 @@ def _described(net: ResNet, source: Source, fitted: Fitted) -> LoadReport:
     """Give the network the preprocessing and the classes of its weights; the report, with notes where it cannot."""
     spec = net.spec
     if (known := preprocess_of(source, spec)) is not None:
+        if source.preprocess is None:
+            fitted = _noted(
+                fitted, f"preprocessing as layout {source.layout} has it, for the file does not say: {known}"
+            )
         record = adapt.adapt_preprocess(known, spec.in_channels)
         if record is None:
             note = f"no preprocessing is known for {spec.in_channels} channels: feed normalised tensors"

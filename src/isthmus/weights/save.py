@@ -41,7 +41,9 @@ def save_weights(
     if path.suffix in ("", ".safetensors"):
         return notes
     named = f" and {len(net.classes)} class names" if net.classes else ""
-    return (*notes, f"a {path.suffix} file has no place for preprocessing{named}: {net.preprocess}")
+    usual = layouts.preprocess_of(layout, net.spec)
+    taken = f"; readers take that of {layout}: {usual}" if usual not in (None, net.preprocess) else ""
+    return (*notes, f"a {path.suffix} file has no place for preprocessing{named}: {net.preprocess}{taken}")
 
 
 def makes_folder(path: Path, layout: str) -> bool:
