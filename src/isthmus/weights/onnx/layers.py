@@ -1,6 +1,6 @@
 """The operations of an ONNX graph laid beside the layers of a plan: what fits becomes tensors, the rest an error."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +15,12 @@ from isthmus.weights.onnx.op import Op
 
 __all__ = ["ENDINGS", "Layers"]
 
-ENDINGS = {"softmax", "logsoftmax", "sigmoid"}  # what may follow the logits, and is left out
+ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits: logits.softmax(1),
+    "logsoftmax": lambda logits: logits.log_softmax(1),
+    "sigmoid": torch.sigmoid,
+}
+"""What may follow the logits in a graph, and is left out of the network."""
 
 ONNX_NAMES = {
     "conv": "Conv",
@@ -170,7 +175,7 @@ class Layers:
     def head(self, ops: list[Op], end: Op) -> None:
         """The classifier's tensors; raises WeightsError unless the head is a mean over the map and one linear layer."""
         classes = self.spec.num_classes
-        wanted = [{"pool"}, {"linear"}, ENDINGS] if classes else [{"pool"}]
+        wanted: list[Collection[str]] = [{"pool"}, {"linear"}, ENDINGS] if classes else [{"pool"}]
         for op, kinds in zip(ops, wanted, strict=False):
             if op.kind not in kinds:
                 op.node.fail("a head is a mean over the map, then one linear layer; this cannot be expressed")

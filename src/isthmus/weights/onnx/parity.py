@@ -1,6 +1,6 @@
 """An ONNX graph beside the network that was read from it: what ONNX Runtime computes, and what we do."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,16 +10,11 @@ from torch import Tensor
 from isthmus.errors import MissingExtraError, WeightsError
 from isthmus.nn.network import ResNet
 from isthmus.weights.onnx.graph import OnnxNetwork, read_onnx
+from isthmus.weights.onnx.layers import ENDINGS
 
 __all__ = ["onnx_outputs"]
 
 PICTURES = 2  # in one batch where the graph takes any; a graph of fixed batch gets that
-ENDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "": lambda logits: logits,
-    "softmax": lambda logits: logits.softmax(1),
-    "logsoftmax": lambda logits: logits.log_softmax(1),
-    "sigmoid": torch.sigmoid,
-}
 TYPES = {"tensor(float)": np.float32, "tensor(double)": np.float64, "tensor(float16)": np.float16}
 
 
@@ -44,7 +39,7 @@ def onnx_outputs(path: Path | str, net: ResNet, pictures: Tensor | None = None) 
             mine = net.eval()(pictures.to(first.device, first.dtype)).cpu().double()
     finally:
         net.train(training)
-    return ENDINGS[graph.ending](mine), theirs
+    return ENDINGS[graph.ending](mine) if graph.ending else mine, theirs
 
 
 def _pictures(graph: OnnxNetwork, net: ResNet) -> Tensor:
