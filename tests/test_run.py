@@ -22,6 +22,7 @@ from isthmus.nn.fold import fold
 from isthmus.run import evaluate, fit, predict
 from isthmus.train.recipe import Recipe, recipe
 from isthmus.train.reporter import Reporter
+from isthmus.weights.files import WRITERS
 from isthmus.weights.source import open_source
 from small_runs import SPEC, Recorder, class_folders, copied, network, same, same_files, weights
 
@@ -321,11 +322,11 @@ def test_a_lost_checkpoint_is_said(pictures, start, tmp_path):
 
 
 def test_a_full_disk_while_saving_the_model(pictures, start, tmp_path, monkeypatch):
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half a model")
+    def full(path, tensors, metadata):
+        path.write_bytes(b"half a model")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("isthmus.weights.files.save_file", full)
+    monkeypatch.setitem(WRITERS, ".safetensors", full)
     made = recipe("linear-probe", data=str(pictures), weights=str(start["plain"]))
     with pytest.raises(RunError, match=r"cannot write .*run/model\.safetensors: No space left on device"):
         fit(made, tmp_path / "run")
