@@ -25,9 +25,21 @@ from isthmus.weights.formats.safetensors_files import HEADER, INDEXES, read_inde
 from isthmus.weights.formats.stored import Span, Stored, read_all
 from isthmus.weights.formats.torch_files import read_pickle, read_tar, read_zip
 
-__all__ = ["FileHeaders", "Format", "Header", "TensorFile", "headers", "read", "unwrap", "write"]
+__all__ = [
+    "FileHeaders",
+    "Format",
+    "Header",
+    "TensorFile",
+    "first_bytes",
+    "headers",
+    "read",
+    "unwrap",
+    "write",
+    "writer",
+]
 
 Format = Literal["safetensors", "torch", "pickle", "keras"]
+Writer = Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None]
 
 WRAPPERS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "blobs",
@@ -110,13 +122,24 @@ def write(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str
     suffix.
     """
     path = Path(path)
+    save = writer(path)
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    atomic_write(path, lambda target: save(target, ready, metadata))
+
+
+def writer(path: Path) -> Writer:
+    """What writes the format that a name asks for; raises WeightsError where there is none."""
+    if path.name.endswith(".weights.h5"):
+        raise WeightsError(
+            f"cannot write {path.name}: Keras takes what ends so for its newer format; call it "
+            f"{path.name.removesuffix('.weights.h5')}.h5, which load_weights reads as well"
+        )
     save = WRITERS.get(path.suffix or ".safetensors")
     if save is None:
         raise WeightsError(
             f"cannot write {path.name}: the format follows from the name, which must end in {', '.join(WRITERS)}"
         )
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    atomic_write(path, lambda target: save(target, ready, metadata))
+    return save
 
 
 def unwrap(content: Any, name: str) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -183,6 +206,8 @@ def _guarded(path: Path) -> Iterator[None]:
         ) from error
     except Exception as error:  # a parser meets nonsense as anything: EOFError, KeyError, struct.error, ...
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        if isinstance(error, LookupError):  # whose text is a bare key
+            reason = "it refers to what it does not hold"
         raise WeightsError(
             f"{path} is truncated, damaged or no weight file ({reason}); download or save it again"
         ) from error
@@ -192,7 +217,7 @@ def _content(path: Path) -> _Content:
     """What a file holds, by its first bytes."""
     if path.is_dir():
         path = next((path / name for name in INDEXES if (path / name).is_file()), path)
-    start = _first_bytes(path)
+    start = first_bytes(path)
     with _guarded(path):
         if path.name.endswith(".index.json"):
             return _sharded(path)
@@ -219,6 +244,8 @@ def _content(path: Path) -> _Content:
 def _sharded(index: Path) -> _Content:
     """The tensors of all shards, which must be those that the index names."""
     places = read_index(index)
+    if absent := [path.name for path in dict.fromkeys(places.values()) if not path.is_file()]:
+        raise WeightsError(f"{index} names the shard {absent[0]}, which is not beside it; download it too")
     shards = {path: _content(path) for path in dict.fromkeys(places.values())}
     if not shards:
         raise ValueError("an index without shards")
@@ -236,7 +263,7 @@ def _sharded(index: Path) -> _Content:
     return _Content(found, metadata, next(iter(shards.values())).format, tuple(shards))
 
 
-def _first_bytes(path: Path) -> bytes:
+def first_bytes(path: Path) -> bytes:
     """The beginning of a file; raises WeightsError for what is plainly no weight file."""
     try:
         with path.open("rb") as file:
@@ -281,7 +308,7 @@ class _ArrayPickler(pickle.Pickler):
         )
 
 
-WRITERS: dict[str, Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None]] = {
+WRITERS: dict[str, Writer] = {
     ".safetensors": save_file,
     ".pth": _save_torch,
     ".pt": _save_torch,

@@ -238,3 +238,9 @@ def test_every_type_of_constant(tmp_path):
     for tensor in tensors:
         assert (found[tensor.name] == numpy_helper.to_array(tensor).astype(found[tensor.name].dtype)).all(), tensor.name
     assert found["BFLOAT16 list"].dtype == np.float32
+
+
+def test_web_pages_and_empty_files_are_told_from_graphs(tmp_path):
+    for content, reason in ((b"", "is empty"), (b"<!DOCTYPE html>", "web page")):
+        (tmp_path / "a.onnx").write_bytes(content)
+        ended(tmp_path / "a.onnx", reason)

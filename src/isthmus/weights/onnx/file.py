@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.errors import MissingExtraError, WeightsError
+from isthmus.weights.files import first_bytes
 
 __all__ = ["Array", "Graph", "Node", "read_graph"]
 
@@ -77,6 +78,7 @@ def read_graph(path: Path) -> Graph:
         from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
         raise MissingExtraError("onnx", "onnx") from error
+    first_bytes(path)
     model = onnx.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
