@@ -76,8 +76,8 @@ def kinds(folder: Path) -> Iterator[Kind]:
     """One small file of every format that we read, and the inner parts of those that wrap others."""
 
     def written(write: Callable[[Path], object]) -> bytes:
-        write(folder / "a.weights.h5")
-        return (folder / "a.weights.h5").read_bytes()
+        write(folder / "a.h5")
+        return (folder / "a.h5").read_bytes()
 
     plain = save(tensors(), {"format": "pt"})
     length = 8 + int.from_bytes(plain[:8], "little")

@@ -116,7 +116,7 @@ def test_convert_json(isthmus, bare):
     assert (found["path"], found["layout"], found["outputs"], found["pushed"]) == ("out.pth", "detectron2", None, None)
     assert found["tensors"]["same"]
     assert found["tensors"]["equal"] == 122
-    assert "no place for preprocessing" in found["notes"][0]
+    assert "does not say which network it is (resnet18" in found["notes"][0]
 
 
 def test_convert_takes_a_spec_of_ones_own(isthmus, ours, tmp_path):
@@ -238,8 +238,8 @@ def test_list_by_network_and_by_part(isthmus):
         (("convert", "bare.pth", "x.pth", "--to", "nonsense", "--arch", "resnet18"), "no layout 'nonsense'"),
         (("convert", "bare.pth", "x.onnx", "--to", "native", "--arch", "resnet18"), "must end in .safetensors"),
         (("convert", "bare.pth", "x.h5", "--to", "keras", "--arch", "resnet18"), "layout keras has no network like"),
-        (("convert", "bare.pth", "x.h5", "--to", "native", "--arch", "resnet5"), "there is no network named 'resnet5'"),
-        (("convert", "bare.pth", "x.h5", "--to", "native", "--arch", "no.toml"), "cannot read no.toml"),
+        (("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "resnet5"), "there is no network named 'resnet5'"),
+        (("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "no.toml"), "cannot read no.toml"),
         (
             ("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "resnet18", "--push", "me/it"),
             "was not written",

@@ -279,7 +279,7 @@ def test_a_head_with_a_norm_is_new_where_the_source_has_none(saved):
         (("crane", "tabby"), r"a.safetensors has no class 'tabby'; did you mean 'tabby cat'\?"),
         (("Tiger",), r"no class 'Tiger'; did you mean 'tiger cat', 'tiger shark'\?"),
         (("cranes",), r"no class 'cranes'; did you mean 'crane'\?"),
-        (("zebra",), r"no class 'zebra'; it has 'tabby cat', 'crane' and such"),
+        (("zebra",), r"no class 'zebra'; it has 'tabby cat', "),
         ((4,), r"there is no class 4 in .*indices in 0\.\.3"),
         ((-1,), "there is no class -1"),
         ((True,), "there is no class True"),

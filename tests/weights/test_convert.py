@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -110,7 +111,7 @@ def test_safetensors_keep_all_that_is_known(tmp_path, source):
 
 def test_formats_that_hold_tensors_alone_say_what_is_lost(tmp_path, source):
     (note,) = convert(source, tmp_path / "out.pth", "native").notes
-    assert "a .pth file has no place for preprocessing and 3 class names" in note
+    assert "a .pth file does not say which network it is (own: read it with arch=), preprocessing and 3 class" in note
     assert str(IMAGENET.at(64)) in note
     (note,) = convert(source, out := tmp_path / "out.h5", "keras").notes[:1]
     assert "; readers take that of keras: " in note
@@ -225,3 +226,10 @@ def test_numbers_that_are_none_are_kept_as_they_are(tmp_path, source):
     done = convert(broken, tmp_path / "out.safetensors", "native")
     assert done.tensors.same
     assert "not finite" in str(done.report)
+
+
+def test_what_is_read_is_never_written_over(source):
+    before = Path(source).read_bytes()
+    with pytest.raises(WeightsError, match="is what is read, and was left as it is"):
+        convert(source, source, "native")
+    assert Path(source).read_bytes() == before

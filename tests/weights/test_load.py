@@ -184,7 +184,7 @@ def test_a_bare_state_dict_names_no_network(tmp_path):
         load(tmp_path / "a.pth")
     text = str(raised.value)
     assert "resnet50, resnet50_v1, resnet50_keras, resnetaa50, resnetblur50" in text
-    assert f"Say it: load({str(tmp_path / 'a.pth')!r}, arch='resnet50')" in text
+    assert "Say it with --arch resnet50, in Python arch='resnet50'" in text
 
 
 def test_candidates_of_a_foreign_layout_and_of_no_network(tmp_path):
@@ -485,7 +485,7 @@ def test_other_functions_with_equal_tensors_are_refused():
     spec = variant("resnet14t")
     theirs = timm.create_model("resnet14t")
     v1 = create(replace(spec, stride_at="conv1"))
-    refused(v1, theirs, rf"{fits}: layer2\.0\.conv1 has stride \(1, 1\) there and \(2, 2\) here.*stride place")
+    refused(v1, theirs, rf"{fits}: layer2\.0\.conv1 has stride \(1, 1\) there and \(2, 2\) here.*with_output_stride")
     dilated = timm.create_model("resnet14t", output_stride=16)
     refused(create(spec), dilated, rf"{fits}: layer4\.0\.conv2 has stride \(1, 1\) there and \(2, 2\) here")
     load_weights(create(spec.with_output_stride(16)), dilated)
@@ -590,3 +590,36 @@ def test_loading_keeps_the_parameters_that_an_optimiser_holds(saved):
     load_weights(net, path)
     assert before == {name: id(parameter) for name, parameter in net.named_parameters()}
     assert SCHEMA == 1
+
+
+def test_a_state_dict_loads_as_a_file_of_it_does(tmp_path):
+    tensors = torchvision.models.resnet18().state_dict()
+    net, other = create("resnet18"), create("resnet18")
+    report = load_weights(net, {"state_dict": tensors})
+    torch.save(tensors, tmp_path / "a.pth")
+    load_weights(other, tmp_path / "a.pth")
+    assert same(state(net), state(other))
+    assert report.source == "the state dict"
+
+
+def test_what_is_none_of_ours_or_no_weights_is_said():
+    theirs = torchvision.models.resnet18()
+    with pytest.raises(WeightsError, match=r"torchvision\.models\.resnet\.ResNet is no network of ours"):
+        load_weights(theirs, theirs.state_dict())
+    with pytest.raises(WeightsError, match=r"is no network of ours; make one of it: create"):
+        save_weights(theirs, "never.safetensors")
+    with pytest.raises(WeightsError, match="and not a NoneType"):
+        load_weights(create("resnet18"), None)
+
+
+def test_ignore_takes_one_name_or_many_and_every_one_must_be_there():
+    tensors = dict(torchvision.models.resnet18().state_dict(), **{"aux.weight": torch.ones(1)})
+    for ignore in ("aux.", ["aux."], ("aux.",)):
+        assert load_weights(create("resnet18"), tensors, ignore=ignore).dropped == ("aux.weight",)
+    with pytest.raises(WeightsError, match=r"ignore='fc\.\*' is the beginning of no tensor's name.*layer4\., fc\."):
+        load_weights(create("resnet18"), tensors, ignore=("aux.", "fc.*"))
+
+
+def test_a_spec_file_is_a_network_too(tmp_path):
+    (tmp_path / "mine.toml").write_text(TINY.to_toml())
+    assert create(str(tmp_path / "mine.toml")).spec == TINY

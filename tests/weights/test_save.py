@@ -204,3 +204,23 @@ def test_a_push_that_is_refused_says_why(tmp_path, web, errors, repo, reason):
     with pytest.raises(WeightsError, match=reason):
         push(folder, repo)
     assert json.loads((folder / "config.json").read_text())["model_type"] == "resnet"
+
+
+def test_names_that_ask_for_no_format_are_refused(tmp_path):
+    net = network()
+    for name, layout, reason in (
+        ("a.h5", "native", "for Keras' layouts, keras and keras_v2; write native as .safetensors"),
+        ("a.weights.h5", "keras", r"call it a\.h5"),
+        ("a.safetensor", "transformers", "must end in"),
+        ("a.onnx", "native", "must end in"),
+    ):
+        with pytest.raises(WeightsError, match=reason):
+            save_weights(net, tmp_path / name, layout=layout)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "cat.jpg").write_bytes(b"a picture")
+    with pytest.raises(WeightsError, match=r"holds other files .cat\.jpg., so nothing was written; name a new folder"):
+        save_weights(create("resnet18"), tmp_path, layout="transformers")
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.jpg"]

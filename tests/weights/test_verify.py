@@ -15,7 +15,7 @@ from isthmus.arch.variants import variant
 from isthmus.errors import DataError, SpecError, WeightsError
 from isthmus.weights import files, layouts, references
 from isthmus.weights.compare import agreement, compare_tensors, pictures
-from isthmus.weights.load import load, load_weights
+from isthmus.weights.load import create, load, load_weights
 from isthmus.weights.save import save_weights
 from isthmus.weights.source import Source
 from isthmus.weights.verify import verify
@@ -335,3 +335,13 @@ def test_networks_of_other_dimensions(tmp_path):
     load_weights(net, path)
     save_weights(net, other := tmp_path / "b.safetensors")
     assert verify(path, against=other).agreement.difference == 0
+
+
+def test_a_pre_activation_network_under_our_names_beside_timm(tmp_path):
+    spec = replace(variant("resnetv2_50"), num_classes=3)
+    net = create(spec)
+    net.load_state_dict(random_state(net))
+    save_weights(net, tmp_path / "a.safetensors")
+    found = verify(tmp_path / "a.safetensors")
+    assert found.agreement.equal
+    assert found.against.startswith("timm ")

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from math import isfinite
+from math import isfinite, isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,10 +12,9 @@ from rich.markup import escape
 from isthmus import records
 from isthmus.cli.options import Json
 from isthmus.errors import WeightsError
-from isthmus.report.tables import console, count, print_facts, print_table
+from isthmus.report.tables import console, count, print_facts, print_report, print_table
 
 if TYPE_CHECKING:
-    from isthmus.arch.spec import NetSpec
     from isthmus.weights.compare import Agreement, TensorComparison
     from isthmus.weights.inspect import Inspection
     from isthmus.weights.published.catalog import Record
@@ -78,14 +77,21 @@ def convert(
         Where on the Hugging Face hub to upload the folder, as owner/name.
     """
     from isthmus.weights.convert import convert as write
+    from isthmus.weights.published.hf_folder import check_repo
     from isthmus.weights.published.hf_folder import push as upload
     from isthmus.weights.save import makes_folder
 
-    if push is not None and not makes_folder(out, to):
-        raise WeightsError(
-            f"{out} is no folder as the hub keeps it, so it was not written; --push is for --to transformers"
-        )
-    done = write(weights, out, to, arch=network(arch))
+    if push is not None:
+        check_repo(push)
+        if not makes_folder(out, to):
+            raise WeightsError(
+                f"{out} is no folder as the hub keeps it, so it was not written; --push is for --to transformers"
+            )
+    done = write(weights, out, to, arch=arch)
+    if not as_json:
+        print_report(str(done.report))
+        facts = [*tensor_facts(done.tensors), *output_facts(done.agreement), *(("note", note) for note in done.notes)]
+        print_facts(f"{done.path} ({done.layout}), read back", facts)
     address = None if push is None else upload(out, push)
     if as_json:
         document = {
@@ -97,11 +103,7 @@ def convert(
             "pushed": address,
         }
         print(json.dumps(document, indent=2))  # noqa: T201
-        return
-    print(done.report)  # noqa: T201
-    facts = [*tensor_facts(done.tensors), *output_facts(done.agreement), *(("note", note) for note in done.notes)]
-    print_facts(f"{done.path} ({done.layout}), read back", facts)
-    if address is not None:
+    elif address is not None:
         console.print(f"pushed to {escape(address)}", soft_wrap=True)
 
 
@@ -126,7 +128,7 @@ def verify(
     """
     from isthmus.weights.verify import verify as compare
 
-    found = compare(weights, against=against, folder=pictures, arch=network(arch))
+    found = compare(weights, against=against, folder=pictures, arch=arch)
     if as_json:
         print(json.dumps(verification_values(found), indent=2))  # noqa: T201
     else:
@@ -157,11 +159,10 @@ def list_weights(pattern: str = "*", *, as_json: Json = False) -> None:
         return
     print_table(
         f"{len(rows)} published weights",
-        ("weights", "parameters", "top-1", "licence"),
+        ("weights", "top-1", "licence"),
         (
             (
                 row["name"],
-                count(row["params"]) if row["params"] else "",
                 "" if row["top1"] is None else f"{row['top1']:.2f} %",
                 row["licence"],
             )
@@ -169,13 +170,6 @@ def list_weights(pattern: str = "*", *, as_json: Json = False) -> None:
         ),
         note="Top-1 is accuracy on ImageNet-1k as published. `isthmus weights list NAME` tells all of one.",
     )
-
-
-def network(arch: str | None) -> "str | NetSpec | None":
-    """A name as it is, a TOML file as the network in it."""
-    from isthmus.arch.spec import NetSpec
-
-    return NetSpec.from_file(Path(arch)) if arch is not None and arch.endswith(".toml") else arch
 
 
 def inspection_facts(found: "Inspection") -> Facts:
@@ -245,7 +239,9 @@ def output_facts(found: "Agreement | None") -> Facts:
         return []
     allowed = f"{found.tolerance:.0e} is allowed, computed in {found.precision}"
     facts = [f"the same best class for {found.same_top1} of {found.pictures} pictures"]
-    if found.difference:
+    if isnan(found.difference):
+        facts = ["not finite, which proves nothing; `isthmus weights inspect --values` tells where from"]
+    elif found.difference:
         facts.append(
             f"largest difference {found.difference:.1e}: {found.relative:.1e} of the largest output; {allowed}"
         )

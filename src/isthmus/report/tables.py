@@ -1,5 +1,6 @@
 """Rows to the terminal."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 
 from rich import box
@@ -7,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-__all__ = ["console", "count", "print_facts", "print_table", "size"]
+__all__ = ["console", "count", "print_facts", "print_report", "print_table", "size"]
 
 console = Console(highlight=False)
 SUFFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -37,6 +38,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
     for row in rows:
         table.add_row(*map(str, row))
     console.print(table)
+
+
+def print_report(text: str) -> None:
+    """Lines as they are, long ones wrapped under themselves. Nothing is read as markup."""
+    for line in text.splitlines():
+        indent = line[: len(line) - len(line.lstrip())]
+        wrapped = textwrap.fill(line, console.width, subsequent_indent=indent + "  ", break_on_hyphens=False)
+        console.print(wrapped, soft_wrap=True, markup=False)
 
 
 def print_facts(title: str, facts: Iterable[tuple[str, str]]) -> None:

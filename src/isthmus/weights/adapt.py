@@ -107,7 +107,8 @@ def _row(name: str, names: Sequence[str], source: str) -> int:
         raise WeightsError(f"{source} does not name its classes, so {name!r} cannot be found; give indices")
     near = [other for other in names if name.casefold() in other.casefold()][:3]
     near += [other for other in difflib.get_close_matches(name, names, n=3) if other not in near]
-    said = f"did you mean {', '.join(map(repr, near))}?" if near else f"it has {names[0]!r}, {names[-1]!r} and such"
+    few = ", ".join(map(repr, names[:3])) + (", …" if len(names) > 3 else "")
+    said = f"did you mean {', '.join(map(repr, near))}?" if near else f"it has {few}"
     raise WeightsError(f"{source} has no class {name!r}; {said}")
 
 

@@ -117,7 +117,12 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
     }
     ours = ResNet(plan(spec), blocks=own).eval()
     ours.load_state_dict({name: tensor for name, tensor in tensors.items() if name in ours.state_dict()})
-    _compare_layers(ours, theirs, layout)
+    if wrong := _different_layers(ours, theirs, layout):
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(
+            f"the tensors of the network in memory fit, but it computes something else: {'; '.join(wrong[:3])}{more}; "
+            f"{_mend(net, theirs, layout)}; another output stride is NetSpec.with_output_stride"
+        )
     side = 97 if spec.dims == 2 else 33  # odd, as pools round differently there
     pictures = torch.randn(1, channels, *(side,) * spec.dims, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -136,8 +141,8 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
     if not difference <= TOLERANCE:
         raise WeightsError(
             f"the tensors of the network in memory fit, but it computes something else (relative difference "
-            f"{difference:.1e}); likely another stride place, anti-aliasing, dilation, pool or activation: create the "
-            f"network that it is"
+            f"{difference:.1e}); likely another stride place, anti-aliasing, dilation, pool or activation; "
+            f"{_mend(net, theirs, layout)}"
         )
     return difference
 
@@ -163,8 +168,13 @@ def randomise(module: nn.Module) -> None:
             tensor.uniform_(low, high, generator=generator)
 
 
-def _compare_layers(ours: ResNet, theirs: nn.Module, layout: str) -> None:
-    """Raise WeightsError naming convolutions and norms whose stride, dilation, groups or epsilon differ."""
+def _mend(net: ResNet, theirs: nn.Module, layout: str) -> str:
+    others = [name for name in candidates(theirs.state_dict(), layout) if name != net.spec.name]
+    return "create the network that it is" + (f": {', '.join(others)} have the same tensors" if others else "")
+
+
+def _different_layers(ours: ResNet, theirs: nn.Module, layout: str) -> list[str]:
+    """Sentences on convolutions and norms whose stride, dilation, groups or epsilon differ."""
     names = {pair.native: pair.foreign for pair in pairs(layout, ours.spec)}
     modules = dict(theirs.named_modules())
     wrong = []
@@ -175,9 +185,4 @@ def _compare_layers(ours: ResNet, theirs: nn.Module, layout: str) -> None:
             mine, found = getattr(layer, fact, None), getattr(other, fact, None)
             if hasattr(other, "weight") and None not in (mine, found) and mine != found:
                 wrong.append(f"{name} has {fact} {found} there and {mine} here")
-    if wrong:
-        raise WeightsError(
-            f"the tensors of the network in memory fit, but it computes something else: {'; '.join(wrong[:3])}"
-            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
-            + "; create the network that it is (stride place: resnet50_v1; output stride: NetSpec.with_output_stride)"
-        )
+    return wrong

@@ -14,7 +14,7 @@ from isthmus.weights.compare import Agreement, TensorComparison, compare_logits,
 from isthmus.weights.fit import LoadReport
 from isthmus.weights.layout_tables import COUNTER
 from isthmus.weights.load import create, load_weights, read_network
-from isthmus.weights.save import makes_folder, save_weights
+from isthmus.weights.save import check_place, makes_folder, save_weights
 from isthmus.weights.source import open_source
 
 __all__ = ["Conversion", "convert"]
@@ -42,7 +42,10 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
     """
     path = Path(path)
     place = path.resolve()  # . has no name of its own
+    check_place(path, layout)
     source = open_source(origin, None)
+    if source.path is not None and place in (source.path.resolve(), source.path.resolve().parent):
+        raise WeightsError(f"{path} is what is read, and was left as it is; name another place to write to")
     net, report = read_network(source, arch=arch)
     notes = []
     if makes_folder(path, layout) and layouts.has(layout, net.spec) and net.preprocess.channels == "BGR":

@@ -87,6 +87,11 @@ def fit_tensors(
     ready, said = layouts.to_native(source.tensors, layout_of(source), spec)
     notes += said
     dropped = [name for name in ready if ignore and name.startswith(ignore)]
+    if idle := [start for start in ignore if not any(name.startswith(start) for name in dropped)]:
+        raise WeightsError(
+            f"ignore={idle[0]!r} is the beginning of no tensor's name in {source.name}; names begin with "
+            f"{listed(dict.fromkeys(name.partition('.')[0] + '.' for name in ready), 8)}"
+        )
     ready = {name: tensor for name, tensor in ready.items() if name not in dropped}
     computed: dict[str, str] = {}
     initialised: dict[str, str] = {}

@@ -34,7 +34,9 @@ def create(
     weights: Origin | None = None,
     blocks: Blocks | None = None,
 ) -> ResNet:
-    """A network by name or spec, initialised as He et al. 2015, or with `weights`. None means what the spec says.
+    """A network by name, TOML file or spec, initialised as He et al. 2015, or with `weights`.
+
+    None means what the spec says.
 
     A number that is given adapts the weights to it: a fresh classifier, a summed or repeated first convolution, kernels
     repeated over the depth of volumes or summed over the height of pictures (`dims` 1: signals, 3: volumes).
@@ -117,9 +119,9 @@ def load_weights(
     classes: Classes | None = None,
     adapt_input: bool = False,
     adapt_dims: adapt.Inflate | None = None,
-    ignore: tuple[str, ...] = (),
+    ignore: Sequence[str] = (),
 ) -> LoadReport:
-    """Fill a network from a file, a run folder, a name of the catalog or a network in memory (timm's, torchvision's).
+    """Fill a network from a file, a folder, a published name, a state dict, or a network in memory (timm's, say).
 
     Every tensor must be there and fit, or WeightsError is raised and `net` stays as it was. Exceptions are asked for:
     `head="adapt"` starts a classifier of another size afresh and `"new"` any; `classes` keeps the rows of those named
@@ -129,7 +131,10 @@ def load_weights(
 
     A network in memory must also compute the same, which is tried out. `layout` None is found from the names.
     """
+    if not isinstance(net, ResNet):
+        raise WeightsError(f"a {type(net).__module__}.{type(net).__name__} is no network of ours; make one by create()")
     found = open_source(source, layout)
+    ignore = (ignore,) if isinstance(ignore, str) else tuple(ignore)
     fitted = fit_tensors(
         net, found, head=head, classes=classes, adapt_input=adapt_input, adapt_dims=adapt_dims, ignore=ignore
     )
@@ -142,7 +147,10 @@ def load_weights(
 
 
 def _network(name_or_spec: str | NetSpec) -> NetSpec:
-    return variant(name_or_spec) if isinstance(name_or_spec, str) else name_or_spec
+    """A network by name, from a TOML file, or as it is."""
+    if isinstance(name_or_spec, NetSpec):
+        return name_or_spec
+    return NetSpec.from_file(Path(name_or_spec)) if name_or_spec.endswith(".toml") else variant(name_or_spec)
 
 
 def _with(spec: NetSpec, **numbers: int | None) -> NetSpec:
@@ -175,10 +183,10 @@ def _decided(source: Source) -> tuple[Source, NetSpec]:
     fits = (
         f"its names and shapes fit {listed(names, 6)}" if names else "no network of the table has its names and shapes"
     )
-    arch = repr(names[0]) if names else "your_spec"
+    arch = names[0] if names else "NAME"
     raise WeightsError(
-        f"{source.name} does not say which network it is for; {fits}. Say it: load({source.name!r}, arch={arch}), or "
-        f"--arch on the command line"
+        f"{source.name} does not say which network it is for; {fits}. Say it with --arch {arch}, in Python "
+        f"arch={arch!r}; `isthmus weights convert … --to native --arch {arch}` writes it down for good"
     )
 
 

@@ -1,6 +1,7 @@
 """Networks of other libraries holding the tensors of the same file: what ours are compared with."""
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import name_of
 from isthmus.errors import WeightsError
-from isthmus.weights.layouts import LAYOUTS
+from isthmus.weights.layouts import LAYOUTS, from_native
 from isthmus.weights.published.hf import to_config
 from isthmus.weights.source import Source
 
@@ -87,6 +88,8 @@ def _timm(source: Source, spec: NetSpec) -> Logits | None:
     name = name_of(spec)
     if not timm.is_model(name):
         return None
+    if spec.preact and source.layout == "native":  # whose names timm has for post-activation networks alone
+        source = replace(source, tensors=from_native(source.tensors, "timm_resnetv2", spec).tensors)
     return filled(timm.create_model(name, num_classes=spec.num_classes, in_chans=spec.in_channels), source)
 
 
@@ -115,9 +118,11 @@ def _keras(source: Source, spec: NetSpec) -> Logits | None:
         logits_of = keras.layers.Dense(spec.num_classes, name="predictions")
         model = keras.Model(model.input, logits_of(model.output))
     try:
-        model.load_weights(source.path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # one for every layer, where the error says it once
+            model.load_weights(source.path)
     except Exception as error:  # it has no family of its own: ValueError, KeyError, OSError, ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise WeightsError(f"Keras' own {name} refuses {source.name}: {reason}") from error
 
     def logits(x: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from isthmus.weights import files, layouts
 from isthmus.weights.published.hf_folder import write_folder
 from isthmus.weights.source import SCHEMA
 
-__all__ = ["makes_folder", "save_weights"]
+__all__ = ["check_place", "makes_folder", "save_weights"]
 
 
 def save_weights(
@@ -27,11 +27,17 @@ def save_weights(
     a folder as the Hugging Face hub keeps it. Raises RunError when the disk will not take it, WeightsError when classes
     and classifier disagree, the layout cannot name the network, or `extra` is no JSON.
     """
+    if not isinstance(net, ResNet):
+        raise WeightsError(
+            f"a {type(net).__module__}.{type(net).__name__} is no network of ours; make one of it: "
+            f"create('resnet50', weights=net)"
+        )
     path = Path(path)
     if net.classes and len(net.classes) != net.spec.num_classes:
         raise WeightsError(
             f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
         )
+    check_place(path, layout)
     metadata = {"format": "pt", "isthmus": _description(net, layout, extra or {})}
     tensors, notes = layouts.from_native(net.state_dict(), layout, net.spec)
     if makes_folder(path, layout):
@@ -40,15 +46,25 @@ def save_weights(
     files.write(path, tensors, metadata)
     if path.suffix in ("", ".safetensors"):
         return notes
+    known = f"which network it is ({net.spec.name or 'a spec of your own'}: read it with arch=), preprocessing"
     named = f" and {len(net.classes)} class names" if net.classes else ""
     usual = layouts.preprocess_of(layout, net.spec)
     taken = f"; readers take that of {layout}: {usual}" if usual not in (None, net.preprocess) else ""
-    return (*notes, f"a {path.suffix} file has no place for preprocessing{named}: {net.preprocess}{taken}")
+    return (*notes, f"a {path.suffix} file does not say {known}{named}: {net.preprocess}{taken}")
 
 
 def makes_folder(path: Path, layout: str) -> bool:
     """Whether weights in `layout` at `path` are a folder as the Hugging Face hub keeps it."""
-    return layout == "transformers" and path.suffix not in files.WRITERS
+    return layout == "transformers" and (path.is_dir() or not path.suffix)
+
+
+def check_place(path: Path, layout: str) -> None:
+    """Raise WeightsError for a name that asks for no format, or for one that `layout` cannot have."""
+    if makes_folder(path, layout):
+        return
+    files.writer(path)
+    if path.suffix == ".h5" and not layout.startswith("keras"):
+        raise WeightsError(f"a .h5 file is for Keras' layouts, keras and keras_v2; write {layout} as .safetensors")
 
 
 def _description(net: ResNet, layout: str, extra: Mapping[str, Any]) -> str:

@@ -34,14 +34,14 @@ SCHEMA = 1
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # JSON of other shape
 PINNED = re.compile(r"(?P<url>[^#]+)(#sha256=(?P<sha256>[0-9a-f]{8,64}))?")
 
-Origin = str | Path | nn.Module
+Origin = str | Path | Mapping[str, Any] | nn.Module
 """Where weights come from, each as users write it:
 
 - a weight file, a run folder, or a folder as the Hugging Face hub keeps it (`config.json` beside the weights)
 - a name of the catalog: `demo`, `torchvision:resnet50.v2`, `hf:timm/resnet50.a1_in1k`
 - a repository of the hub: `hf:owner/name`, `hf:owner/name@revision`, `hf:owner/name:file.safetensors`
 - a URL: `https://…`, `https://…#sha256=…` with the hash of the content or its beginning, `file:///…`
-- a network in memory: ours, timm's, torchvision's
+- a state dict, or a network in memory: ours, timm's, torchvision's
 """
 
 
@@ -91,6 +91,13 @@ def open_source(origin: Origin, layout: str | None, *, values: bool = True) -> S
             preprocess=timm_preprocess(origin),
             notes=notes,
             module=origin,
+        )
+    if isinstance(origin, Mapping):
+        tensors, notes = files.unwrap(origin, "the state dict")
+        return Source(name="the state dict", tensors=tensors, layout=layout or layouts.detect(tensors), notes=notes)
+    if not isinstance(origin, str | Path):
+        raise WeightsError(
+            f"weights come from a file, a name, a state dict or a network, and not a {type(origin).__name__}"
         )
     text = str(origin)
     record = catalog.CATALOG.get(text)

@@ -1,6 +1,7 @@
 """A folder as the Hugging Face hub keeps a model: config, preprocessing, weights and a model card."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib.metadata import version
@@ -18,6 +19,7 @@ from isthmus.weights import files
 from isthmus.weights.layouts import LAYOUTS
 from isthmus.weights.published.hf import to_config, to_preprocessor
 from isthmus.weights.published.hub import CONFIG, PREPROCESSOR
+from isthmus.weights.source import listed
 
 __all__ = ["push", "write_folder"]
 
@@ -38,6 +40,10 @@ def write_folder(
         PREPROCESSOR: json.dumps(to_preprocessor(net.preprocess), indent=2) + "\n",
         CARD: model_card(net, folder.resolve().name, extra),
     }
+    if other := sorted({file.name for file in folder.glob("[!.]*")} - {*texts, MODEL}):
+        raise WeightsError(
+            f"{folder} holds other files ({listed(other, 3)}), so nothing was written; name a new folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,8 +63,8 @@ def push(folder: Path, repo: str) -> str:
             f"{folder} is no folder as the hub keeps it; write one: --to transformers, a name without ending"
         )
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
+    check_repo(repo)
     api = HfApi(library_name="isthmus", library_version=version("isthmus"))
     try:
         address = api.create_repo(repo, exist_ok=True)
@@ -68,15 +74,19 @@ def push(folder: Path, repo: str) -> str:
             commit_message="Weights written by isthmus",
             allow_patterns=[CONFIG, PREPROCESSOR, MODEL, CARD],  # and nothing else that lies there
         )
-    except HFValidationError as error:
-        raise WeightsError(f"{repo!r} is no name of a hub repository; write it as owner/name") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except Exception as error:  # the client lets errors of its own transport through: httpx, requests, xet
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"{repo} could not be pushed ({reason}); log in with `hf auth login`, and check that the token may write "
-            f"there. The folder {folder} is complete"
+            f"{repo} could not be pushed ({reason}); check the connection, log in with `hf auth login`, and check that "
+            f"the token may write there. The folder {folder} is complete"
         ) from error
     return str(address)
+
+
+def check_repo(repo: str) -> None:
+    """Raise WeightsError for what is no name of a hub repository."""
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", repo, flags=re.ASCII) is None:
+        raise WeightsError(f"{repo!r} is no name of a hub repository; write it as owner/name")
 
 
 def model_card(net: ResNet, name: str, extra: Mapping[str, Any]) -> str:

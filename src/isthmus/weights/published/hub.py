@@ -25,7 +25,10 @@ PREFIX = "hf:"
 TORCH_HOST = "https://download.pytorch.org/"
 MIRROR = "ISTHMUS_TORCH_MIRROR"
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")  # the first that is there
+# The first that is there.
+WEIGHTS = (
+    "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
 CHUNK = 1 << 20
 TIMEOUT = 30.0  # seconds without a byte
 ATTEMPTS = 3  # a cut connection is taken up again where it broke
