@@ -238,7 +238,10 @@ def test_list_by_network_and_by_part(isthmus):
         (("convert", "bare.pth", "x.pth", "--to", "nonsense", "--arch", "resnet18"), "no layout 'nonsense'"),
         (("convert", "bare.pth", "x.onnx", "--to", "native", "--arch", "resnet18"), "must end in .safetensors"),
         (("convert", "bare.pth", "x.h5", "--to", "keras", "--arch", "resnet18"), "layout keras has no network like"),
-        (("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "resnet5"), "there is no network named 'resnet5'"),
+        (
+            ("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "resnet5"),
+            "there is no network named 'resnet5'",
+        ),
         (("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "no.toml"), "cannot read no.toml"),
         (
             ("convert", "bare.pth", "x.pth", "--to", "native", "--arch", "resnet18", "--push", "me/it"),
