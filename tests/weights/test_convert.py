@@ -109,6 +109,16 @@ def test_safetensors_keep_all_that_is_known(tmp_path, source):
     assert done.notes == ()
 
 
+def test_what_a_bare_file_leaves_open_is_written_down_as_assumed(tmp_path):
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "a.pth")
+    done = convert(tmp_path / "a.pth", tmp_path / "folder", "transformers", arch="resnet18")
+    assert "preprocessing" in done.report.assumed
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert f"assumed, as their source did not say: {', '.join(done.report.assumed)}" in card
+    again = convert(tmp_path / "folder", tmp_path / "a.safetensors", "native")
+    assert open_source(again.path, None).extra["assumed"] == list(done.report.assumed)
+
+
 def test_formats_that_hold_tensors_alone_say_what_is_lost(tmp_path, source):
     (note,) = convert(source, tmp_path / "out.pth", "native").notes
     assert "a .pth file does not say which network it is (own: read it with arch=), preprocessing and 3 class" in note

@@ -48,13 +48,15 @@ def convert(origin: str | Path, path: Path | str, layout: str, *, arch: str | Ne
         raise WeightsError(f"{path} is what is read, and was left as it is; name another place to write to")
     net, report = read_network(source, arch=arch)
     notes = []
+    # What the source could not say stays an assumption, wherever the tensors go.
+    extra = dict(source.extra, assumed=list(report.assumed)) if report.assumed else source.extra
     if makes_folder(path, layout) and layouts.has(layout, net.spec) and net.preprocess.channels == "BGR":
         _take_rgb(net)
         notes.append("pictures are RGB there: the first convolution, which took BGR, has its channels turned round")
     try:
         with tempfile.TemporaryDirectory(dir=place.parent, prefix=".isthmus-") as folder:
             written = Path(folder) / place.name
-            notes += save_weights(net, written, layout=layout, extra=source.extra)
+            notes += save_weights(net, written, layout=layout, extra=extra)
             again = _read_back(net, written, layout)
             tensors = compare_tensors(net.state_dict(), again.state_dict())
             if lost := [name for name in tensors.different if name.endswith(COUNTER)]:

@@ -92,7 +92,7 @@ def check_repo(repo: str) -> None:
 def model_card(net: ResNet, name: str, extra: Mapping[str, Any]) -> str:
     """The README of a model: front matter that the hub reads, what it is, how it was made, how it is used.
 
-    From `extra` it takes `licence` (SPDX), `source`, and `metrics` (a table of names and numbers).
+    From `extra` it takes `licence` (SPDX), `source`, `recipe`, `assumed` (a list), and `metrics` (names and numbers).
     """
     given = extra.get("metrics")
     metrics = given if isinstance(given, Mapping) else {}
@@ -129,11 +129,13 @@ def _what(net: ResNet) -> str:
 
 
 def _origin(extra: Mapping[str, Any]) -> str:
+    assumed = [str(what) for what in extra["assumed"]] if isinstance(extra.get("assumed"), list) else []
     said = [
         f"- weights from: {extra['source']}" if extra.get("source") else "",
         f"- licence of the weights: {extra['licence']}" if extra.get("licence") else "",
         f"- made by: {extra['recipe']}" if extra.get("recipe") else "",
-        f"- written by isthmus {version('isthmus')}, whose description is in the metadata of `model.safetensors`",
+        f"- assumed, as their source did not say: {', '.join(assumed)}" if assumed else "",
+        f"- written by isthmus {version('isthmus')}; the metadata of `model.safetensors` has all of this",
     ]
     return "## How it was made\n\n" + "\n".join(line for line in said if line)
 
