@@ -10,6 +10,7 @@ import pytest
 SRC = Path(__file__).parents[1] / "src" / "isthmus"
 FLOORS = {
     "errors": -1,
+    "messages": -1,
     "runtime": -1,
     "records": -1,
     "atomic": -1,

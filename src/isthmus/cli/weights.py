@@ -12,6 +12,7 @@ from rich.markup import escape
 from isthmus import records
 from isthmus.cli.options import Json
 from isthmus.errors import WeightsError
+from isthmus.messages import listed
 from isthmus.report.tables import console, count, print_facts, print_report, print_table
 
 if TYPE_CHECKING:
@@ -181,7 +182,7 @@ def inspection_facts(found: "Inspection") -> Facts:
         "network": found.network or fits(found.candidates),
         "parameters": f"{found.parameters:,} in {found.tensors} tensors",
         "numbers": kinds,
-        "classes": f"{len(found.classes)}: {names(found.classes)}" if found.classes else "not named",
+        "classes": f"{len(found.classes)}: {listed(found.classes, SHOWN)}" if found.classes else "not named",
         "preprocessing": str(found.preprocess or "not said"),
         **{f"metadata {key}": shortened(text) for key, text in found.metadata.items() if key != "format"},
     }
@@ -203,13 +204,7 @@ def fits(candidates: tuple[str, ...]) -> str:
     """What the table says of names and shapes."""
     if not candidates:
         return "not said, and no network of the table has these names and shapes"
-    return f"not said; names and shapes fit {names(candidates)}"
-
-
-def names(every: tuple[str, ...]) -> str:
-    """The first names, and how many more there are."""
-    rest = f" and {len(every) - SHOWN} more" if len(every) > SHOWN else ""
-    return ", ".join(every[:SHOWN]) + rest
+    return f"not said; names and shapes fit {listed(candidates, SHOWN)}"
 
 
 def shortened(text: str) -> str:
@@ -229,7 +224,7 @@ def tensor_facts(found: "TensorComparison | None") -> Facts:
         facts.append(f"{len(found.different)} different{largest}")
     for which, only in (("first", found.only_first), ("second", found.only_second)):
         if only:
-            facts.append(f"{len(only)} in the {which} alone: {names(only)}")
+            facts.append(f"{len(only)} in the {which} alone: {listed(only, SHOWN)}")
     return [("tensors", fact) for fact in facts]
 
 

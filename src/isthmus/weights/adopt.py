@@ -13,6 +13,7 @@ from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec, NetSpec
 from isthmus.arch.variants import variant, variants
 from isthmus.errors import WeightsError
+from isthmus.messages import first_line, listed
 from isthmus.nn.block import BLOCKS
 from isthmus.nn.network import ResNet
 from isthmus.weights.files import unwrap
@@ -118,9 +119,8 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
     ours = ResNet(plan(spec), blocks=own).eval()
     ours.load_state_dict({name: tensor for name, tensor in tensors.items() if name in ours.state_dict()})
     if wrong := _different_layers(ours, theirs, layout):
-        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise WeightsError(
-            f"the tensors of the network in memory fit, but it computes something else: {'; '.join(wrong[:3])}{more}; "
+            f"the tensors of the network in memory fit, but it computes something else: {listed(wrong, 3, '; ')}; "
             f"{_mend(net, theirs, layout)}; another output stride is NetSpec.with_output_stride"
         )
     side = 97 if spec.dims == 2 else 33  # odd, as pools round differently there
@@ -130,8 +130,9 @@ def check_same_function(net: ResNet, module: nn.Module, layout: str) -> float:
         try:
             other = _pooled(theirs(pictures))
         except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, AssertionError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise WeightsError(f"the network in memory cannot be tried on a {side} px picture: {reason}") from error
+            raise WeightsError(
+                f"the network in memory cannot be tried on a {side} px picture: {first_line(error)}"
+            ) from error
     if other.shape != mine.shape:
         raise WeightsError(
             f"the network in memory gives {tuple(other.shape)} before its classifier and ours {tuple(mine.shape)}; "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from isthmus.atomic import atomic_write
 from isthmus.errors import IsthmusError, WeightsError
+from isthmus.messages import first_line
 from isthmus.weights.formats.archives import is_tar, zip_members
 from isthmus.weights.formats.hdf5 import SIGNATURE
 from isthmus.weights.formats.keras_files import WEIGHTS_MEMBER, read_keras, read_keras_archive, write_keras
@@ -205,7 +206,7 @@ def _guarded(path: Path) -> Iterator[None]:
             f"or better safetensors.torch.save_file(net.state_dict(), 'weights.safetensors')"
         ) from error
     except Exception as error:  # a parser meets nonsense as anything: EOFError, KeyError, struct.error, ...
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = first_line(error)[:200]
         if isinstance(error, LookupError):  # whose text is a bare key
             reason = "it refers to what it does not hold"
         raise WeightsError(

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from isthmus.messages import listed
 from isthmus.weights.layout_tables import COUNTER
-from isthmus.weights.source import listed, precision
+from isthmus.weights.source import precision
 
 __all__ = ["STATISTICS", "Finding", "by_kind", "by_values"]
 

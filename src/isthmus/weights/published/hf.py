@@ -13,6 +13,7 @@ from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
 from isthmus.arch.variants import name_of, variant
 from isthmus.errors import SpecError, WeightsError
+from isthmus.messages import listed
 from isthmus.records import to_dict
 from isthmus.weights.published.catalog import IMAGENET_CLASSES
 
@@ -114,8 +115,9 @@ def to_config(spec: NetSpec, classes: Sequence[str] = ()) -> dict[str, Any]:
     if lost := [name for name in wanted if wanted[name] != read.get(name)]:
         raise WeightsError(
             f"transformers' ResNet cannot express {spec.name or 'this network'}: "
-            + "; ".join(f"{name} is {wanted[name]} and would become {read.get(name, 'nothing')}" for name in lost[:3])
-            + (f" and {len(lost) - 3} more" if len(lost) > 3 else "")
+            + listed(
+                (f"{name} is {wanted[name]} and would become {read.get(name, 'nothing')}" for name in lost), 3, "; "
+            )
             + "; save it with layout='native'"
         )
     return config

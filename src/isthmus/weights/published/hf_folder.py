@@ -14,12 +14,12 @@ from isthmus.arch.cost import cost
 from isthmus.arch.plan import plan
 from isthmus.atomic import atomic_write
 from isthmus.errors import RunError, WeightsError
+from isthmus.messages import first_line, listed
 from isthmus.nn.network import ResNet
 from isthmus.weights import files
 from isthmus.weights.layouts import LAYOUTS
 from isthmus.weights.published.hf import to_config, to_preprocessor
 from isthmus.weights.published.hub import CONFIG, PREPROCESSOR
-from isthmus.weights.source import listed
 
 __all__ = ["push", "write_folder"]
 
@@ -75,10 +75,9 @@ def push(folder: Path, repo: str) -> str:
             allow_patterns=[CONFIG, PREPROCESSOR, MODEL, CARD],  # and nothing else that lies there
         )
     except Exception as error:  # the client lets errors of its own transport through: httpx, requests, xet
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise WeightsError(
-            f"{repo} could not be pushed ({reason}); check the connection, log in with `hf auth login`, and check that "
-            f"the token may write there. The folder {folder} is complete"
+            f"{repo} could not be pushed ({first_line(error)}); check the connection, log in with `hf auth login`, and "
+            f"check that the token may write there. The folder {folder} is complete"
         ) from error
     return str(address)
 
@@ -119,11 +118,10 @@ def _what(net: ResNet) -> str:
     crop = net.preprocess.crop
     found = cost(plan(net.spec, crop))
     many = f"{net.spec.num_classes} classes" if net.spec.num_classes else "pooled features"
-    shown = ", ".join(net.classes[:10]) + (f" and {len(net.classes) - 10} more" if len(net.classes) > 10 else "")
     lines = [
         f"A residual network{f' ({net.spec.name})' if net.spec.name else ''}: pictures of {crop}×{crop} px to {many}.",
         f"{found.params:,} parameters, {found.macs / 1e9:.3f} GMACs a picture.",
-        *([f"Classes: {shown}."] if net.classes else []),
+        *([f"Classes: {listed(net.classes, 10)}."] if net.classes else []),
     ]
     return "\n".join(lines)
 

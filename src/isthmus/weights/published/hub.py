@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 from urllib.request import Request, urlopen
 
 from isthmus.errors import WeightsError
+from isthmus.messages import first_line
 
 __all__ = ["CONFIG", "PREFIX", "PREPROCESSOR", "WEIGHTS", "Reference", "download", "fetch", "sha256"]
 
@@ -282,7 +283,7 @@ def _hub_file(repo: str, name: str, revision: str | None) -> Path | None:
 
 
 def _reason(error: BaseException | None) -> str:
-    return str(error).splitlines()[0] if str(error or "") else "no connection"
+    return first_line(error) if error is not None and str(error) else "no connection"
 
 
 def _check_blob(path: Path) -> None:
