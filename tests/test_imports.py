@@ -92,6 +92,8 @@ def test_the_lowest_floors_are_the_standard_library(path):
 
 
 OPTIONAL = {
+    "datasets",
+    "fsspec",
     "h5py",
     "huggingface_hub",
     "keras",
