@@ -31,7 +31,7 @@ RECIPE = Recipe(
     lr=0.02,
     augment=Augment(vflip=True, rotate90=True),
     label_smoothing=0.1,
-    balance=True,
+    balance="weights",
     train_norm=True,
     ema=0.7,
     precision="fp32",

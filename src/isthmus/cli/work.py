@@ -104,7 +104,7 @@ def train(
         chosen = recipes.recipe(recipe or usual, **given)
     chosen = recipes.override(chosen, settings)
     named = {*given, *(setting.partition("=")[0].partition(".")[0].strip() for setting in settings)}
-    if chosen.freeze == "trunk" and (idle := sorted(named & recipes.GRADIENT_ONLY)):
+    if chosen.freeze == "trunk" and (idle := sorted(named & recipes.gradient_only())):
         raise RecipeError(f"{idle[0]} does nothing with a frozen trunk; add --freeze none, or leave it out")
     with TerminalReporter() as reporter:
         try:

@@ -79,7 +79,7 @@ def train_network(
     parts: dict[str, Any] = {"net": net, "optimizer": optimizer, "scaler": scaler} | (
         {"average": average} if average else {}
     )
-    weights = class_weights(data, device) if recipe.balance else None
+    weights = class_weights(data, device) if recipe.balance == "weights" else None
     checkpoint = run / CHECKPOINT
     first_epoch = step = seen = 0
     losses = torch.zeros((), device=device)

@@ -1,6 +1,7 @@
 """Everything that decides a training run, in one frozen record, and the named recipes as a table."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -13,42 +14,72 @@ from isthmus.errors import RecipeError
 __all__ = ["RECIPES", "Recipe", "recipe"]
 
 
+Range = tuple[str, Callable[[float], bool]]
+PART: Range = ("lie in [0, 1)", lambda value: 0 <= value < 1)
+FACTOR: Range = ("lie in (0, 1]", lambda value: 0 < value <= 1)
+FROM_0: Range = ("be 0 or more", lambda value: 0 <= value < inf)
+FROM_1: Range = ("be at least 1", lambda value: 1 <= value < inf)
+ABOVE_0: Range = ("be above 0", lambda value: 0 < value < inf)
+RANGES: dict[str, Range] = {
+    "val_fraction": ("lie between 0 and 1", lambda value: 0 < value < 1),
+    "seed": ("lie in 0..2**63 - 1", lambda value: 0 <= value < 2**63),
+    **dict.fromkeys(("crop_part", "layer_decay"), FACTOR),
+    **dict.fromkeys(("momentum", "label_smoothing", "ema"), PART),
+    **dict.fromkeys(("image_size", "train_size", "start_size", "micro_batch", "save_every"), FROM_0),
+    **dict.fromkeys(("weight_decay", "warmup_epochs", "clip_norm", "unfreeze_epochs"), FROM_0),
+    **dict.fromkeys(("epochs", "batch_size", "ema_every"), FROM_1),
+    **dict.fromkeys(("lr", "head_lr_factor"), ABOVE_0),
+}
+"""Numbers of a recipe: what must hold of each, in words and as a test."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """A run: data, start, what is frozen, and how the rest is trained. Raises RecipeError where it is made.
 
-    `data` and `weights` are what `open_data` and `load` take; without `weights`, `arch` names a new network.
-    `freeze` is a point of `isthmus.freeze`; at `trunk` the head is chosen and trained on features computed once.
-    `image_size` is the crop in pixels (0: as the weights ask) and `crop_part` the part of the resized side it keeps.
-    `views` are the flips a prediction averages over. `train_norm` lets batch-norm statistics move. `ema` is the decay
-    of the averaged weights, 0 for none. The warm-up takes half of the steps at most. Epochs, rate and what follows
-    apply to gradient training, not to the probe.
+    `data` and `weights` are what `open_data` and `load` take; without `weights`, `arch` names a new network. Sizes are
+    in pixels a side. Everything from `augment` on applies to gradient training, not to the probe.
     """
 
     data: str
     weights: str = ""
     arch: str = ""
-    freeze: str = "trunk"
+    freeze: str = "trunk"  # a point of `isthmus.freeze`; at trunk, a head is trained on features computed once
     val_fraction: float = 0.25
     seed: int = 0
-    image_size: int = 0
-    crop_part: float = 1.0
-    views: tuple[View, ...] = ("identity", "hflip")
+    image_size: int = 0  # the crop that is evaluated; 0: as the weights ask
+    crop_part: float = 1.0  # of the resized side, that the crop keeps
+    views: tuple[View, ...] = ("identity", "hflip")  # a prediction averages over them
     head: Literal["chosen", "linear"] = "chosen"
     augment: Augment = Augment()
+    train_size: int = 0  # the crop that is trained on; 0: the one that is evaluated (Touvron et al. 2019)
+    start_size: int = 0  # the training crop grows from here (progressive resizing); 0: it does not
     epochs: int = 8
-    batch_size: int = 32
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = 5e-3
+    batch_size: int = 32  # pictures of one optimiser step, over all processes
+    micro_batch: int = 0  # pictures that one process holds at once; 0: its whole share of the batch
+    optimizer: Literal["sgd", "adamw", "lamb"] = "sgd"
+    nesterov: bool = True
+    lr: float = 5e-3  # the peak
+    layer_decay: float = 1.0  # factor of the rate from each part of the network to the one before it
     head_lr_factor: float = 1.0
     momentum: float = 0.9
-    weight_decay: float = 1e-4
-    warmup_epochs: float = 1.0
+    weight_decay: float = 1e-4  # of weights; norms and biases do not decay
+    schedule: Literal["cosine", "step", "linear"] = "cosine"
+    drops: tuple[float, ...] = ()  # parts of the run after which the schedule `step` divides the rate by ten
+    warmup_epochs: float = 1.0  # half of the run at most
+    clip_norm: float = 0.0  # the gradient's norm is cut to it; 0: it is not
+    loss: Literal["ce", "bce"] = "ce"
     label_smoothing: float = 0.0
-    balance: bool = False
-    train_norm: bool = False
-    ema: float = 0.0
+    balance: Literal["none", "weights", "sampling"] = "none"  # classes count alike in the loss, or come equally often
+    train_norm: bool = False  # batch-norm statistics move
+    sync_norm: bool = False  # and are those of the batches of all processes
+    unfreeze_epochs: float = 0.0  # one more part thaws each time (Howard & Ruder 2018); 0: none does
+    ema: float = 0.0  # decay of the averaged weights; 0: no average
+    ema_every: int = 1  # steps
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    memory: Literal["plain", "checkpoint", "recompute"] = "plain"
+    compile: bool = False
+    save_every: int = 0  # steps between checkpoints inside an epoch; 0: one at the end of each epoch
     name: str = ""
 
     def __post_init__(self) -> None:
@@ -60,24 +91,31 @@ class Recipe:
             "a new network has nothing worth freezing; give weights, or freeze='none'": (
                 not self.weights and self.freeze != "none"
             ),
-            f"val_fraction is {self.val_fraction}; it must lie between 0 and 1": not 0 < self.val_fraction < 1,
-            f"image_size is {self.image_size}; it must be 0 or more": self.image_size < 0,
-            f"crop_part is {self.crop_part}; it must lie in (0, 1]": not 0 < self.crop_part <= 1,
-            f"epochs is {self.epochs}; it must be at least 1": self.epochs < 1,
-            f"batch_size is {self.batch_size}; it must be at least 1": self.batch_size < 1,
-            f"seed is {self.seed}; it must lie in 0..2**63 - 1": not 0 <= self.seed < 2**63,
-            f"lr is {self.lr}; it must be above 0": not 0 < self.lr < inf,
-            f"head_lr_factor is {self.head_lr_factor}; it must be above 0": not 0 < self.head_lr_factor < inf,
-            f"momentum is {self.momentum}; it must lie in [0, 1)": not 0 <= self.momentum < 1,
-            f"weight_decay is {self.weight_decay}; it must be 0 or more": not 0 <= self.weight_decay < inf,
-            f"warmup_epochs is {self.warmup_epochs}; it must be 0 or more": not 0 <= self.warmup_epochs < inf,
             "views is empty; 'identity' is the picture as it is": not self.views,
-            f"label_smoothing is {self.label_smoothing}; it must lie in [0, 1)": not 0 <= self.label_smoothing < 1,
-            f"ema is {self.ema}; it must lie in [0, 1)": not 0 <= self.ema < 1,
+            f"micro_batch is {self.micro_batch} and batch_size {self.batch_size}; the second must be a multiple": (
+                self.micro_batch > 0 and self.batch_size % self.micro_batch != 0
+            ),
+            f"start_size is {self.start_size} and train_size {self.train_size}; the crop grows to train_size": (
+                self.start_size > 0 and not self.start_size <= self.train_size
+            ),
+            "schedule is 'step' and drops is empty; say after which parts of the run the rate drops": (
+                self.schedule == "step" and not self.drops
+            ),
+            f"drops is {self.drops}; they are parts of the run, rising between 0 and 1": (
+                list(self.drops) != sorted({drop for drop in self.drops if 0 < drop < 1})
+            ),
+            "unfreeze_epochs thaws a network that is frozen; give freeze a point of it": (
+                self.unfreeze_epochs > 0 and self.freeze == "none"
+            ),
+            "sync_norm synchronises statistics that do not move; set train_norm": self.sync_norm
+            and not self.train_norm,
         }
-        for message, holds in wrong.items():
-            if holds:
+        for message, found in wrong.items():
+            if found:
                 raise RecipeError(message)
+        for name, (words, holds) in RANGES.items():
+            if not holds(getattr(self, name)):
+                raise RecipeError(f"{name} is {getattr(self, name)}; it must {words}")
 
     def to_toml(self) -> str:
         """The recipe as a TOML document, every setting spelled out."""
@@ -114,11 +152,10 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-GRADIENT_ONLY = {
-    *("augment", "epochs", "optimizer", "lr", "head_lr_factor", "momentum", "weight_decay", "warmup_epochs"),
-    *("label_smoothing", "balance", "train_norm", "ema"),
-}
-"""Settings without a meaning where the trunk is frozen and its features are computed once."""
+def gradient_only() -> set[str]:
+    """Settings without a meaning where the trunk is frozen and its features are computed once."""
+    names = [field.name for field in fields(Recipe)]
+    return set(names[names.index("augment") : names.index("name")]) - {"batch_size", "precision"}
 
 
 def recipe(name: str, **settings: Any) -> Recipe:
