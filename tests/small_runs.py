@@ -13,6 +13,7 @@ from torch import Tensor
 import isthmus
 from isthmus.arch.preprocess import IMAGENET
 from isthmus.arch.spec import NetSpec, StageSpec, StemSpec
+from isthmus.data.pictures import Pictures
 from isthmus.nn.network import ResNet
 from isthmus.train.reporter import Reporter
 from oracles import random_state
@@ -49,6 +50,11 @@ def class_folders(root: Path, counts: Mapping[str, int], side: int = 40) -> Path
             kind = "png" if number % 2 else "jpg"
             whole.crop((left, top, left + side, top + side)).save(folder / f"{number}.{kind}")
     return root
+
+
+def paths(pictures: Pictures) -> list[Path]:
+    """The files of pictures that are files."""
+    return [Path(pictures.name(index)) for index in range(len(pictures))]
 
 
 def network(spec: NetSpec = SPEC, seed: int = 0) -> ResNet:

@@ -24,7 +24,7 @@ from isthmus.train.recipe import Recipe, recipe
 from isthmus.train.reporter import Reporter
 from isthmus.weights.files import WRITERS
 from isthmus.weights.source import open_source
-from small_runs import SPEC, Recorder, class_folders, copied, network, same, same_files, weights
+from small_runs import SPEC, Recorder, class_folders, copied, network, paths, same, same_files, weights
 
 LEFT = {"recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
 TRAINED = LEFT | {"checkpoint.pt", "start.safetensors"}
@@ -105,9 +105,9 @@ def test_a_run_leaves_what_it_takes_to_use_it(name, pictures, start, tmp_path):
 
     # By a second way: every validation picture on its own, with labels from the names of their folders.
     val = open_data(str(pictures), val_fraction=made.val_fraction, seed=made.seed).val
-    told = {row.path: row for row in predict(run.folder, *val.paths, precision=environment["precision"])}
-    guesses = [told[path].classes[0] for path in val.paths]
-    truth = [path.parent.name for path in val.paths]
+    told = {row.path: row for row in predict(run.folder, *paths(val), precision=environment["precision"])}
+    guesses = [told[path].classes[0] for path in paths(val)]
+    truth = [path.parent.name for path in paths(val)]
     assert run.scores.seen == len(truth)
     assert run.scores.accuracy == pytest.approx(np.mean([a == b for a, b in zip(guesses, truth, strict=True)]))
     assert run.scores.balanced_accuracy == pytest.approx(balanced_accuracy_score(truth, guesses))
@@ -159,15 +159,15 @@ def test_classes_keep_the_order_they_are_given_in(name, pictures, start, tmp_pat
     sides = []
     for part in ("train", "val"):
         side = getattr(open_data(str(pictures)), part)
-        sides.append(replace(side, classes=("temple", "flower"), labels=tuple(1 - label for label in side.labels)))
+        sides.append(replace(side, classes=("temple", "flower"), labels=1 - side.labels))
     data = DataSet(name=str(pictures), train=sides[0], val=sides[1])
     made = recipe(name, data=str(pictures), weights=str(start["plain"]), head="linear", **(QUICK | {"epochs": 1}))
     run = fit(made, tmp_path / "run", data=data)
     assert isthmus.load(run.folder).classes == run.scores.classes == ("temple", "flower")
-    guesses = [row.classes[0] for row in predict(run.folder, *sides[1].paths, precision="fp32")]
-    found = [guess == path.parent.name for guess, path in zip(guesses, sides[1].paths, strict=True)]
+    guesses = [row.classes[0] for row in predict(run.folder, *paths(sides[1]), precision="fp32")]
+    found = [guess == path.parent.name for guess, path in zip(guesses, paths(sides[1]), strict=True)]
     assert run.scores.accuracy == pytest.approx(np.mean(found))
-    trained = [row.classes[0] == row.path.parent.name for row in predict(run.folder, *sides[0].paths)]
+    trained = [row.classes[0] == row.path.parent.name for row in predict(run.folder, *paths(sides[0]))]
     assert np.mean(trained) > 0.6 or name == "finetune"
 
 

@@ -16,7 +16,8 @@ from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec
 from isthmus.atomic import atomic_write
 from isthmus.data.loader import Loader
-from isthmus.data.sources import DataSet, Pictures, list_pictures, open_data, open_pictures
+from isthmus.data.pictures import Pictures
+from isthmus.data.sources import DataSet, list_pictures, open_data, open_pictures
 from isthmus.data.transform import normalise
 from isthmus.errors import DataError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
@@ -269,8 +270,7 @@ def evaluation_pictures(folder: Path, classes: tuple[str, ...], data: str) -> Pi
     unknown = sorted(set(found.classes) - set(classes))
     if unknown:
         raise DataError(f"the network does not know the classes {unknown}; it knows {', '.join(classes) or 'none'}")
-    places = [classes.index(name) for name in found.classes]
-    return Pictures(paths=found.paths, labels=tuple(places[label] for label in found.labels), classes=classes)
+    return found.under(classes)
 
 
 def predict(
@@ -308,7 +308,7 @@ def predict(
             found[index] = Prediction(path=paths[index], classes=names, probabilities=tuple(row))
         reporter.progress("predicting", len(found) + len(loader.unreadable), len(paths))
     rows = [
-        found.get(index) or Prediction(path=path, error=loader.unreadable[path]) for index, path in enumerate(paths)
+        found.get(index) or Prediction(path=path, error=loader.unreadable[index]) for index, path in enumerate(paths)
     ]
     if out:
         write_predictions(Path(out), rows, min(top, len(classes)))

@@ -12,9 +12,11 @@ from isthmus.arch.preprocess import Preprocess
 from isthmus.data.augment import Augment, augmented
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.order import permutation, sample_generator
-from isthmus.data.sources import Pictures, list_pictures
+from isthmus.data.pictures import Pictures
+from isthmus.data.sources import list_pictures
 from isthmus.data.transform import decode, evaluation_transform
 from isthmus.errors import DataError
+from small_runs import paths
 
 RECORD = Preprocess(resize=10, crop=8)
 AUGMENT = Augment(vflip=True, rotate90=True)
@@ -22,8 +24,8 @@ AUGMENT = Augment(vflip=True, rotate90=True)
 
 @pytest.fixture
 def pictures(make) -> Pictures:
-    paths = list_pictures(make("set", {"a": 12, "b": 11}))
-    return Pictures(paths=paths, labels=(0,) * 12 + (1,) * 11, classes=("a", "b"))
+    files = list_pictures(make("set", {"a": 12, "b": 11}))
+    return Pictures.of_files(files, (0,) * 12 + (1,) * 11, ("a", "b"))
 
 
 def training(pictures: Pictures, **options) -> Loader:
@@ -50,12 +52,12 @@ def decoding_threads() -> int:
 def test_evaluation_sees_every_picture_once_in_order(pictures):
     batches = list(evaluating(pictures).epoch(0))
     assert torch.cat([batch.indices for batch in batches]).tolist() == list(range(23))
-    assert torch.cat([batch.labels for batch in batches]).tolist() == list(pictures.labels)
+    assert torch.cat([batch.labels for batch in batches]).tolist() == pictures.labels.tolist()
     assert [len(batch.images) for batch in batches] == [4, 4, 4, 4, 4, 3]
     transform = evaluation_transform(RECORD)
     for batch in batches:
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
-            assert torch.equal(image, transform(decode(pictures.paths[index])))
+            assert torch.equal(image, transform(decode(pictures.name(index))))
 
 
 def test_batches_are_uint8_channels_last(pictures):
@@ -74,7 +76,7 @@ def test_training_order_and_augmentation_are_arithmetic(pictures):
     images = torch.cat([batch.images for batch in batches])
     for image, index in zip(images, indices, strict=True):
         random = sample_generator(3, 5, index)
-        assert torch.equal(image, augmented(decode(pictures.paths[index]), AUGMENT, RECORD, random))
+        assert torch.equal(image, augmented(decode(pictures.name(index)), AUGMENT, RECORD, random))
 
 
 def test_epochs_differ(pictures):
@@ -109,17 +111,17 @@ def test_impossible_loaders(pictures):
 
 
 def test_an_unreadable_picture_is_named(pictures):
-    pictures.paths[13].write_bytes(b"no picture")
+    Path(pictures.name(13)).write_bytes(b"no picture")
     with pytest.raises(DataError, match="is not a picture") as raised:
         list(evaluating(pictures).epoch(0))
-    assert str(pictures.paths[13]) in str(raised.value)
+    assert pictures.name(13) in str(raised.value)
     assert decoding_threads() == 0
 
 
 def test_an_unreadable_picture_can_be_skipped(pictures):
     bad = [5, 8, 9, 10, 11]  # one in a batch, and a whole batch
     for place in bad:
-        pictures.paths[place].write_bytes(b"")
+        Path(pictures.name(place)).write_bytes(b"")
     loader = evaluating(pictures, on_error="skip")
     batches = list(loader.epoch(0))
     assert torch.cat([batch.indices for batch in batches]).tolist() == [
@@ -127,20 +129,20 @@ def test_an_unreadable_picture_can_be_skipped(pictures):
     ]
     assert [batch.step for batch in batches] == [0, 1, 3, 4, 5]
     assert batches[1].images.is_contiguous(memory_format=torch.channels_last)
-    assert set(loader.unreadable) == {pictures.paths[place] for place in bad}
+    assert set(loader.unreadable) == set(bad)
     assert all("is empty" in reason for reason in loader.unreadable.values())
     assert_same(list(evaluating(pictures, on_error="skip").epoch(0, start_step=2)), batches[2:])
 
 
 def test_training_leaves_no_batch_of_one_when_skipping(pictures):
     few = pictures.subset(range(4))
-    for path in few.paths[1:]:
+    for path in paths(few)[1:]:
         path.write_bytes(b"")
     assert list(training(few, on_error="skip").epoch(0)) == []
 
 
 def test_nothing_readable_is_an_error(pictures):
-    for path in pictures.paths:
+    for path in paths(pictures):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="none of 23 pictures can be read"):
         list(evaluating(pictures, on_error="skip").epoch(0))

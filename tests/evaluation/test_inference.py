@@ -10,7 +10,7 @@ from PIL import Image
 from isthmus.arch.preprocess import IMAGENET
 from isthmus.arch.spec import HeadSpec, StageSpec
 from isthmus.data.loader import Loader
-from isthmus.data.sources import Pictures
+from isthmus.data.pictures import Pictures
 from isthmus.data.transform import normalise
 from isthmus.errors import DataError
 from isthmus.evaluation.inference import Inference
@@ -116,7 +116,7 @@ def test_a_loader_gives_batches_and_scores(tmp_path):
     wanted = plain(net, IMAGES)
     labels = wanted.argmax(1)
     labels[0] = (labels[0] + 1) % 3
-    pictures = Pictures(paths=tuple(paths), labels=tuple(labels.tolist()), classes=("a", "b", "c"))
+    pictures = Pictures.of_files(paths, labels.tolist(), ("a", "b", "c"))
     loader = Loader(pictures=pictures, record=net.preprocess, batch_size=2, train=False)
     runner = Inference(net, machine("cpu"), "fp32")
     found = list(runner.run(loader))

@@ -7,14 +7,14 @@ import torch
 
 import isthmus
 from isthmus.arch.spec import HeadSpec
-from isthmus.data.sources import Pictures
+from isthmus.data.pictures import Pictures
 from isthmus.data.transform import decode, evaluation_transform, normalise
 from isthmus.errors import DataError
 from isthmus.evaluation.inference import Inference
 from isthmus.train import features
 from isthmus.train.features import cache_folder, extract, with_head
 from isthmus.train.reporter import Reporter
-from small_runs import Recorder, copied, network, same
+from small_runs import Recorder, copied, network, paths, same
 
 BOTH = HeadSpec(taps=("layer1", "last"), pools=("avg", "max"))
 
@@ -47,7 +47,7 @@ def counted(monkeypatch):
 def test_equal_to_pooling_the_maps(read, reader, data):
     found = read()
     transform = evaluation_transform(reader.preprocess)
-    for index, path in enumerate(data.train.paths):
+    for index, path in enumerate(paths(data.train)):
         image = normalise(transform(decode(path))[None], reader.preprocess)
         for view, x in enumerate((image, image.flip(-1))):
             with torch.no_grad():
@@ -152,17 +152,19 @@ def test_whatever_decides_them_makes_another_key(reader, data, tmp_path):
     other.preprocess = record
     keys["head"] = key(other)
     copy = tmp_path / "copy.png"
-    copy.write_bytes(data.train.paths[0].read_bytes())
-    paths = (copy, *data.train.paths[1:])
-    keys["path"] = key(pictures=replace(data.train, paths=paths))
-    copy.write_bytes(data.train.paths[1].read_bytes() + b" ")
-    keys["content"] = key(pictures=replace(data.train, paths=paths))
+    files = paths(data.train)
+    moved = Pictures.of_files((copy, *files[1:]), data.train.labels, data.train.classes)
+    copy.write_bytes(files[0].read_bytes())
+    keys["path"] = key(pictures=moved)
+    copy.write_bytes(files[1].read_bytes() + b" ")
+    keys["content"] = key(pictures=moved)
     assert len(set(keys.values())) == len(keys), keys
     assert len(keys) == 12
 
 
 def test_a_picture_that_is_gone_is_named(read, data, tmp_path):
-    gone = replace(data.train, paths=(tmp_path / "gone.png", *data.train.paths[1:]))
+    files = (tmp_path / "gone.png", *paths(data.train)[1:])
+    gone = Pictures.of_files(files, data.train.labels, data.train.classes)
     with pytest.raises(DataError, match=r"gone\.png"):
         read(pictures=gone)
 

@@ -261,7 +261,7 @@ def test_steps_are_those_of_a_plain_loop(train, data, here, optimizer):
         order = permutation(20, 0, step // STEPS)[step % STEPS * 6 :][:6].tolist()
         images = [
             augmented(
-                decode(data.train.paths[index]),
+                decode(data.train.name(index)),
                 Augment(vflip=True, rotate90=True),
                 net.preprocess,
                 sample_generator(0, step // STEPS, index),

@@ -4,7 +4,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.augment import Augment, augmented
 from isthmus.data.order import permutation, sample_generator
-from isthmus.data.sources import Pictures
+from isthmus.data.pictures import Pictures
 from isthmus.data.transform import decode, evaluation_transform
 from isthmus.errors import DataError
 from isthmus.runtime import cores
@@ -48,8 +47,8 @@ class Loader:
 
     Training shuffles, augments and drops the last partial batch (unless it is the only one). Evaluation yields every
     picture once, in order. `threads` decode (0: one a core). An unreadable picture raises DataError naming it; with
-    on_error="skip" it is left out, its batch is smaller, and `unreadable` keeps its reason; a batch left without
-    pictures (in training: with one, which batch norm cannot use) is not yielded.
+    on_error="skip" it is left out, its batch is smaller, and `unreadable` keeps its index and reason; a batch left
+    without pictures (in training: with one, which batch norm cannot use) is not yielded.
     """
 
     pictures: Pictures
@@ -60,7 +59,7 @@ class Loader:
     seed: int = 0
     threads: int = 0
     on_error: Literal["raise", "skip"] = "raise"
-    unreadable: dict[Path, str] = field(default_factory=dict, init=False)
+    unreadable: dict[int, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
         least = 2 if self.train else 1
@@ -117,7 +116,7 @@ class Loader:
 
     def _fill(self, row: NDArray[np.uint8], epoch: int, index: int) -> str | None:
         try:
-            image = decode(self.pictures.paths[index], self.record.channels)
+            image = decode(self.pictures.read(index), self.record.channels, self.pictures.name(index))
         except DataError as error:
             if self.on_error == "raise":
                 raise
@@ -136,7 +135,7 @@ class Loader:
             if reason is None:
                 kept.append(place)
             else:
-                self.unreadable[self.pictures.paths[batch.indices[place]]] = reason
+                self.unreadable[int(batch.indices[place])] = reason
         if len(kept) < (2 if self.train and self.batch_size > 1 else 1):
             return
         chosen: Any = kept if len(kept) < len(batch.indices) else slice(None)

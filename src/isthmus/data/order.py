@@ -35,14 +35,16 @@ def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return _shuffled(count, seed, epoch, _EPOCH)
 
 
-def _shuffled_classes(labels: Sequence[int], seed: int) -> list[NDArray[np.int64]]:
+def _shuffled_classes(labels: Sequence[int] | NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
     """The indices of each class that occurs, smallest label first, in an order that the seed decides."""
     values = np.asarray(labels, np.int64)
     members = [(label, np.flatnonzero(values == label)) for label in np.unique(values).tolist()]
     return [indices[_shuffled(len(indices), seed, label, _SPLIT)] for label, indices in members]
 
 
-def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+def stratified_split(
+    labels: Sequence[int] | NDArray[np.int64], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
     """Sorted train and val indices; val takes `fraction` of every class, rounded, and leaves at least one on each side.
 
     Raises DataError when the fraction is not between 0 and 1 or a class has a single picture.
@@ -61,7 +63,7 @@ def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple
     return sorted(train), sorted(val)
 
 
-def stratified_folds(labels: Sequence[int], folds: int, seed: int) -> list[list[int]]:
+def stratified_folds(labels: Sequence[int] | NDArray[np.int64], folds: int, seed: int) -> list[list[int]]:
     """The sorted test indices of each fold; fold sizes, and each class's share of them, differ by at most one picture.
 
     Raises DataError for fewer than two folds, or more folds than a class has pictures.

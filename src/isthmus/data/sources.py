@@ -2,23 +2,23 @@
 
 import json
 import os
-import re
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from csv import DictReader
 from csv import Error as CsvError
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
+from itertools import chain
 from pathlib import Path
-from typing import NoReturn, Self
+
+import numpy as np
 
 from isthmus.data.order import stratified_split
+from isthmus.data.pictures import Files, Names, Pictures, Store, natural
 from isthmus.data.transform import extensions
 from isthmus.errors import DataError, MissingExtraError
 
 __all__ = [
     "DataSet",
-    "Pictures",
     "csv",
     "elpv",
     "elpv_pictures",
@@ -30,45 +30,6 @@ __all__ = [
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists validates
 _ELPV_SPLITS = Path(__file__).with_name("elpv_splits.json")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Pictures:
-    """Picture files, the label of each as a place in `classes`, and the classes' names."""
-
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    classes: tuple[str, ...]
-
-    @classmethod
-    def unlabelled(cls, paths: Iterable[Path]) -> Self:
-        """Pictures to predict: no classes, every label -1."""
-        found = tuple(paths)
-        return cls(paths=found, labels=(-1,) * len(found), classes=())
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __add__(self, other: "Pictures") -> "Pictures":
-        """The pictures of both, under the classes of both; where these are the same, in their order."""
-        if self.classes == other.classes:
-            return Pictures(paths=self.paths + other.paths, labels=self.labels + other.labels, classes=self.classes)
-        names = [side.classes[label] for side in (self, other) for label in side.labels]
-        return _named(self.paths + other.paths, names)
-
-    def subset(self, indices: Iterable[int]) -> "Pictures":
-        """The pictures at these places, in this order, with the same classes."""
-        chosen = tuple(indices)
-        return Pictures(
-            paths=tuple(self.paths[index] for index in chosen),
-            labels=tuple(self.labels[index] for index in chosen),
-            classes=self.classes,
-        )
-
-    def counts(self) -> dict[str, int]:
-        """Class name -> number of pictures, in the order of the classes, zeros included."""
-        seen = Counter(self.labels)
-        return {name: seen[label] for label, name in enumerate(self.classes)}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -170,19 +131,19 @@ def _csv_rows(path: Path) -> tuple[Pictures, list[str]]:
     if not rows:
         raise DataError(f"{path} has no rows below its first line; give one row a picture")
 
-    first: dict[Path, int] = {}
+    first: dict[str, int] = {}
     for line, row in rows:
         picture = path.parent / (row["path"] or "").strip()
         if not (row["label"] or "").strip():
             raise DataError(f"{path}, line {line}: the label is empty; name the class of the picture")
         if not picture.is_file():
             raise DataError(f"{path}, line {line}: there is no file {picture}; paths start at the table's folder")
-        if first.setdefault(picture, line) != line:
-            raise DataError(f"{path}, line {line}: {picture} is also in line {first[picture]}; keep one of the two")
+        if (before := first.setdefault(str(picture), line)) != line:
+            raise DataError(f"{path}, line {line}: {picture} is also in line {before}; keep one of the two")
         if "split" in columns and row["split"] not in ("train", "val"):
             raise DataError(f"{path}, line {line}: split is {row['split']!r}; it must be train or val")
 
-    pictures = _named(first, [row["label"].strip() for _, row in rows])
+    pictures = _named(Files("", Names(first)), [row["label"].strip() for _, row in rows])
     return pictures, [row["split"] for _, row in rows] if "split" in columns else []
 
 
@@ -214,7 +175,7 @@ def elpv_pictures() -> Pictures:
     except OSError as error:
         raise DataError(f"{table} cannot be read: {error.strerror}; reinstall elpv-dataset") from error
     names = ["defective" if float(probability) > 0.5 else "functional" for _, probability, _ in rows]
-    return _named([table.parent / path for path, _, _ in rows], names)
+    return _named(Files(str(table.parent), Names(path for path, _, _ in rows)), names)
 
 
 def list_pictures(*paths: Path | str) -> tuple[Path, ...]:
@@ -226,17 +187,17 @@ def list_pictures(*paths: Path | str) -> tuple[Path, ...]:
     for path in map(Path, paths):
         if not path.exists():
             raise DataError(f"{path} does not exist; name picture files or folders of pictures")
-        inside = _pictures_below(path) if path.is_dir() else [path]
+        inside = [path / name for name in _pictures_below(path)] if path.is_dir() else [path]
         if not inside:
             raise DataError(f"{path} holds no pictures; what is looked for: {' '.join(sorted(extensions()))}")
         found.update(dict.fromkeys(inside))
     return tuple(found)
 
 
-def _named(paths: Iterable[Path], names: Sequence[str]) -> Pictures:
-    classes = tuple(sorted(set(names), key=_natural))
+def _named(store: Store, names: Sequence[str]) -> Pictures:
+    classes = sorted(set(names), key=natural)
     places = {name: label for label, name in enumerate(classes)}
-    return Pictures(paths=tuple(paths), labels=tuple(places[name] for name in names), classes=classes)
+    return Pictures.stored(store, [places[name] for name in names], classes)
 
 
 def _divided(name: str, pictures: Pictures, fraction: float, seed: int) -> DataSet:
@@ -257,19 +218,19 @@ def _paired(name: str, train: Pictures, val: Pictures) -> DataSet:
 
 def _class_folders(root: Path) -> Pictures:
     loose = [path for path in root.iterdir() if path.is_file() and _is_picture(path.name)]
-    classes = sorted(_folders(root), key=lambda path: _natural(path.name))
+    classes = sorted((path.name for path in _folders(root)), key=natural)
     if not classes:
         raise DataError(f"{root} has no class folders; put the pictures of each class into a folder named after it")
     if loose:
         raise DataError(
             f"{root} has {len(loose)} pictures beside its class folders ({loose[0].name}); move them into one"
         )
-    inside = {path: _pictures_below(path) for path in classes}
-    empty = [path.name for path, pictures in inside.items() if not pictures]
+    inside = [[f"{name}{os.sep}{rest}" for rest in _pictures_below(root / name)] for name in classes]
+    empty = [name for name, pictures in zip(classes, inside, strict=True) if not pictures]
     if empty:
         raise DataError(f"{root}: the class folders {empty} hold no pictures; fill them or remove them")
-    names = [path.name for path, pictures in inside.items() for _ in pictures]
-    return _named([picture for pictures in inside.values() for picture in pictures], names)
+    labels = np.repeat(np.arange(len(classes)), [len(pictures) for pictures in inside])
+    return Pictures.stored(Files(str(root), Names(chain.from_iterable(inside))), labels, classes)
 
 
 def _folders(root: Path) -> list[Path]:
@@ -279,24 +240,20 @@ def _folders(root: Path) -> list[Path]:
     return [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
-def _pictures_below(root: Path) -> list[Path]:
-    """Every picture at any depth, in natural order; hidden files and folders are left out."""
-    found: list[Path] = []
-    for place, inner, names in os.walk(root, onerror=_unreadable):
-        inner[:] = [name for name in inner if not name.startswith(".")]
-        found += [Path(place, name) for name in names if _is_picture(name)]
-    return sorted(found, key=lambda path: [_natural(part) for part in path.relative_to(root).parts])
-
-
-def _unreadable(error: OSError) -> NoReturn:
-    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+def _pictures_below(root: Path, inside: str = "") -> Iterator[str]:
+    """Every picture at any depth, named from the root, in natural order; hidden files and folders are left out."""
+    try:
+        with os.scandir(root / inside) as entries:
+            shown = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
+    for entry in sorted(shown, key=lambda entry: natural(entry.name)):
+        if entry.is_dir():
+            if not entry.is_symlink():  # one that points upwards would never end
+                yield from _pictures_below(root, f"{inside}{entry.name}{os.sep}")
+        elif _is_picture(entry.name):
+            yield inside + entry.name
 
 
 def _is_picture(name: str) -> bool:
     return not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions()  # noqa: PTH122 - per file
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    """Sorts cell2 before cell10; the name itself decides between equals."""
-    parts = re.split(r"(\d+)", name.casefold())
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from isthmus.arch.preprocess import ChannelOrder, Preprocess
+from isthmus.data.pictures import read_file
 from isthmus.errors import DataError
 
 __all__ = [
@@ -71,18 +72,17 @@ def _hush() -> None:
         warnings.filterwarnings("ignore", module=_FROM_PILLOW.pattern)
 
 
-def decode(source: Path | str | bytes, channels: ChannelOrder = "RGB") -> Image.Image:
+def decode(source: Path | str | bytes, channels: ChannelOrder = "RGB", name: str = "") -> Image.Image:
     """The first frame of a picture file (or of its bytes) as people see it: mode L for channels L, else RGB.
 
     EXIF orientation is applied, transparency is laid on white, deep grey pixels are scaled to 8 bit, grey is repeated
-    into RGB. Raises DataError naming the file and the reason when there is no sound picture of sane size in it.
+    into RGB. Raises DataError naming the file (of bytes: `name`) and the reason when there is no sound picture of sane
+    size in it.
     """
-    name = f"the picture of {len(source)} bytes" if isinstance(source, bytes) else str(source)
-    try:
-        content = source if isinstance(source, bytes) else Path(source).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{name} cannot be read: {reason}; check the path and its permissions") from error
+    if isinstance(source, bytes):
+        content, name = source, name or f"the picture of {len(source)} bytes"
+    else:
+        content, name = read_file(source), str(source)
     if not content:
         raise DataError(f"{name} is empty; copy it again or leave it out")
     _hush()

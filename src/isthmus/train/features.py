@@ -14,8 +14,8 @@ from isthmus.arch.plan import plan
 from isthmus.arch.spec import HeadSpec
 from isthmus.data.augment import views as seen_in
 from isthmus.data.loader import Loader
-from isthmus.data.sources import Pictures
-from isthmus.errors import DataError, RunError
+from isthmus.data.pictures import Pictures
+from isthmus.errors import RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision, versions
@@ -55,7 +55,7 @@ def extract(
 
     They are cached by weights, preprocessing, precision and pictures; interrupted, the pictures done so far are kept.
     """
-    order = sorted(range(len(pictures)), key=lambda index: str(pictures.paths[index]))
+    order = sorted(range(len(pictures)), key=pictures.name)
     ordered = pictures.subset(order)
     views = net.preprocess.views
     path = cache_folder() / f"{fingerprint(net, ordered, precision)}.pt"
@@ -82,17 +82,13 @@ def extract(
 
 
 def fingerprint(net: ResNet, pictures: Pictures, precision: Precision) -> str:
-    """A hash of all that decides the features: network, weights, preprocessing, precision, files."""
-    try:
-        files = [(str(path), (status := path.stat()).st_size, status.st_mtime_ns) for path in pictures.paths]
-    except OSError as error:
-        raise DataError(f"{error.filename} cannot be read: {error.strerror}; is the data complete?") from error
+    """A hash of all that decides the features: network, weights, preprocessing, precision, pictures."""
     described = {
         "spec": records.to_dict(net.spec),
         "preprocess": records.to_dict(net.preprocess),
         "precision": precision,
         "versions": versions(),
-        "files": files,
+        "pictures": [pictures.identity(index) for index in range(len(pictures))],
     }
     digest = hashlib.sha256(json.dumps(described).encode())
     for key, value in net.state_dict().items():
