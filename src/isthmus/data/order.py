@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 from isthmus.errors import DataError
 
-__all__ = ["permutation", "sample_generator", "stratified_folds", "stratified_split"]
+__all__ = ["permutation", "sample_generator", "step_generator", "stratified_folds", "stratified_split"]
 
-_SAMPLE, _EPOCH, _SPLIT = range(3)
+_SAMPLE, _EPOCH, _SPLIT, _STEP = range(4)
 
 
 def _philox(seed: int, stream: int, index: int, purpose: int) -> np.random.Philox:
@@ -28,6 +28,11 @@ def _shuffled(count: int, seed: int, stream: int, purpose: int) -> NDArray[np.in
 def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
     """The random numbers of one picture in one epoch."""
     return np.random.Generator(_philox(seed, epoch, index, _SAMPLE))
+
+
+def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
+    """The random numbers of one step, the same in every process and for every part of its batch."""
+    return np.random.Generator(_philox(seed, epoch, step, _STEP))
 
 
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
