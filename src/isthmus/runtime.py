@@ -69,8 +69,9 @@ def machine(device: str | None = None) -> Machine:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use; those that torchrun starts on one machine share them."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, every // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def best_precision(kind: str) -> Precision:
