@@ -319,7 +319,7 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     folder, _ = train(recipe=replace(RECIPE, epochs=1))
-    torch.save({"schema": 1, "net": Runs()}, folder / CHECKPOINT)
+    torch.save({"schema": 2, "net": Runs()}, folder / CHECKPOINT)
     with pytest.raises(RunError, match=r"checkpoint\.pt"):
         train(recipe=replace(RECIPE, epochs=1), resume=True)
     assert not (tmp_path / "ran").exists()

@@ -92,7 +92,7 @@ def train_network(
                 part.load_state_dict(state[name])
         except (KeyError, ValueError, RuntimeError) as error:
             raise RunError(f"{checkpoint} is of another network or recipe than this run; start the run anew") from error
-        restore_random_state(state["random"])
+        restore_random_state(state["random"], device)
         first_epoch, step, seen, rows = state["epoch"], state["step"], state["seen"], state["log"]
         losses = state["losses"].to(device)
 
@@ -138,7 +138,7 @@ def train_network(
                 )
             states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
             place = {"epoch": epoch, "step": step, "seen": seen, "losses": losses, "log": rows}
-            save_state(checkpoint, states | place | {"random": random_state()})
+            save_state(checkpoint, states | place | {"random": random_state(device)})
             if stop:
                 raise Interrupted(f"stopped in epoch {epoch + 1} after {step} of {train.steps} steps")
             step, seen, losses = 0, 0, torch.zeros((), device=device)
