@@ -1,7 +1,7 @@
 """How good predictions are: sums and counts that add up, divided once at the end."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -9,7 +9,14 @@ from torch.nn import functional
 
 from isthmus.errors import DataError
 
-__all__ = ["ClassScore", "Tally"]
+__all__ = ["ClassScore", "Ranks", "Tally"]
+
+
+class Ranks(Protocol):
+    """The processes that share a job: `isthmus.train.distributed.World`."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of every process's tensor."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +60,14 @@ class Tally:
         self._loss += functional.cross_entropy(logits.float(), labels, reduction="none").to(self._loss.dtype).sum()
         if classes >= 5:
             self._top5 += (logits.topk(5, dim=1).indices == labels[:, None]).sum()
+
+    def over(self, ranks: Ranks) -> "Tally":
+        """The tally of all processes, of which each has counted its own pictures; the same on all of them."""
+        total = Tally(self.classes)
+        total._counts = ranks.sum(self._counts.cpu())
+        total._loss = ranks.sum(self._loss.cpu().double())
+        total._top5 = ranks.sum(self._top5.cpu())
+        return total
 
     def _to(self, device: torch.device) -> None:
         if self._counts.device != device:
