@@ -14,6 +14,7 @@ FLOORS = {
     "runtime": -1,
     "records": -1,
     "atomic": -1,
+    "cache": -1,
     "arch": 0,
     "nn": 1,
     "data": 1,
