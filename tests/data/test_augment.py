@@ -1,14 +1,16 @@
-"""Augmentation: what it may change, how often, and that it follows its random numbers."""
+"""Augmentation: what it may change, how often, and that it follows its random numbers; torchvision as the oracle."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import ks_2samp
+from torchvision.transforms import RandomErasing, v2
 
-from isthmus.arch.preprocess import Preprocess
-from isthmus.data.augment import VIEWS, Augment, augmented, random_box, views
+from isthmus.arch.preprocess import IMAGENET, Preprocess
+from isthmus.data.augment import VIEWS, Augment, altered, augmented, random_box, views
 from isthmus.data.order import sample_generator
-from isthmus.data.transform import evaluation_transform
+from isthmus.data.transform import centred, evaluation_transform, normalise, pixels_of
 from isthmus.errors import RecipeError
 
 RECORD = Preprocess(resize=20, crop=16)
@@ -93,10 +95,86 @@ def test_whole_picture_crop_is_a_plain_resize():
     assert np.array_equal(whole.permute(1, 2, 0), square.resize((16, 16), Image.Resampling.BILINEAR))
 
 
-@pytest.mark.parametrize("scale", [(0.0, 1.0), (0.9, 0.5), (0.5, 1.5)])
-def test_impossible_scales(scale):
-    with pytest.raises(RecipeError, match="crop_scale"):
-        Augment(crop_scale=scale)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale is (0.0, 1.0)"),
+        ({"crop_scale": (0.9, 0.5)}, "crop_scale is (0.9, 0.5)"),
+        ({"crop_scale": (0.5, 1.5)}, "crop_scale is (0.5, 1.5)"),
+        ({"crop_scale": (0.5,)}, "crop_scale is (0.5,)"),
+        ({"vflip": "yes"}, "vflip is 'yes'; it must be true or false"),
+        ({"pad": -1, "crop_scale": ()}, "pad is -1"),
+        ({"pad": 4}, "pad and crop_scale both place the crop"),
+        ({"policy": "auto"}, "policy is 'auto'; it must be one of none, rand, trivial"),
+        ({"policy_layers": 0}, "policy_layers is 0"),
+        ({"policy_magnitude": 10.5}, "policy_magnitude is 10.5; it must lie in 0..10"),
+        ({"policy_spread": -1.0}, "policy_spread is -1.0"),
+        ({"policy_spread": float("nan")}, "policy_spread is nan"),
+        ({"erasing": 1.1}, "erasing is 1.1; it must lie in 0..1"),
+        ({"mixup": -0.1}, "mixup is -0.1"),
+        ({"cutmix": float("inf")}, "cutmix is inf"),
+        ({"repeats": 0}, "repeats is 0"),
+    ],
+)
+def test_impossible_settings_are_named(settings, message):
+    with pytest.raises(RecipeError) as raised:
+        Augment(**settings)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("channels", ["RGB", "L"])
+def test_padding_is_torchvisions_random_crop(picture, channels):
+    """Every picture is the padded one cut out somewhere, and every place comes."""
+    record = Preprocess(resize=20, crop=16, channels=channels, mean=(0.5,) * len(channels), std=(1.0,) * len(channels))
+    square = centred(picture.convert(channels), record)
+    padded = v2.functional.pad(square, [1], fill=128)
+    crops = [v2.functional.crop(padded, top, left, 16, 16) for top in range(3) for left in range(3)]
+    augment = Augment(hflip=False, crop_scale=(), pad=1)
+    seen = [altered(pixels_of(square), augment, record, sample_generator(0, 0, index)) for index in range(128)]
+    places = [
+        next(place for place, crop in enumerate(crops) if np.array_equal(image.permute(1, 2, 0), pixels_of(crop)))
+        for image in seen
+    ]
+    assert np.bincount(places, minlength=9).min() > 0
+
+
+def test_erasing_covers_one_rectangle_as_torchvisions_does():
+    """How often, of which areas and shapes, and where; in the colour that normalises to nothing."""
+    record, side, count = IMAGENET.at(96), 96, 400
+    white = np.full((side, side, 3), 255, np.uint8)
+    fill = [round(255 * mean) for mean in record.mean]
+    augment = Augment(hflip=False, erasing=0.6)
+    ours = []
+    for index in range(count):
+        image = altered(white, augment, record, sample_generator(0, 0, index)).permute(1, 2, 0).numpy()
+        covered = (image == np.array(fill)).all(-1)
+        assert (image[~covered] == 255).all()
+        if covered.any():
+            rows, columns = (np.flatnonzero(covered.any(axis)) for axis in (1, 0))
+            assert covered[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+            ours.append((rows[0], columns[0], len(rows), len(columns)))
+    assert len(ours) == pytest.approx(0.6 * count, abs=30)
+    torch.manual_seed(0)
+    picture = torch.zeros(3, side, side)
+    theirs = [RandomErasing.get_params(picture, (0.02, 0.33), (0.3, 3.3), [0.0])[:4] for _ in range(count)]
+    for quantity in (
+        lambda top, left, high, wide: high * wide,
+        lambda top, left, high, wide: high / wide,
+        lambda top, left, high, wide: top / (side - high),
+        lambda top, left, high, wide: left / (side - wide),
+    ):
+        assert ks_2samp([quantity(*box) for box in ours], [quantity(*box) for box in theirs]).pvalue > 0.01
+    colour = torch.tensor(fill, dtype=torch.uint8).view(1, 3, 1, 1)
+    assert (normalise(colour, record).flatten().abs() < 0.5 / 255 / torch.tensor(record.std)).all()
+
+
+def test_everything_at_once_keeps_shape_and_follows_its_random_numbers_only(picture):
+    for policy in ("rand", "trivial"):
+        augment = Augment(vflip=True, rotate90=True, policy=policy, erasing=0.5)
+        once, again = drawn(picture, augment, 32), drawn(picture, augment, 32)
+        assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+        assert len({image.numpy().tobytes() for image in once}) == 32
+        assert {(image.shape, image.dtype) for image in once} == {((3, 16, 16), torch.uint8)}
 
 
 def test_views_are_what_they_say_and_their_own_inverse():

@@ -3,38 +3,68 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from isthmus import records
 from isthmus.arch.preprocess import Preprocess
+from isthmus.data.policies import rand_augment, trivial_augment
 from isthmus.data.transform import Box, centred, channels_first, cut_out, pixels_of
 from isthmus.errors import RecipeError
 
-__all__ = ["VIEWS", "Augment", "augmented", "random_box", "views"]
+__all__ = ["VIEWS", "Augment", "altered", "augmented", "random_box", "views"]
 
 _RATIO = (3 / 4, 4 / 3)  # width over height of a random crop (Szegedy et al. 2014)
+_ERASED = (0.02, 0.33)  # part of the area that random erasing takes (Zhong et al. 2017)
+_ERASED_RATIO = (0.3, 3.3)  # height over width
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Augment:
-    """Flips and quarter turns that are meaningless to the label, and the area of the random crop.
+    """What training changes about its pictures. Raises RecipeError for a setting that is impossible.
 
-    `crop_scale` is the smallest and largest part of the picture's area that a crop keeps; empty, it is the evaluation's
-    centre crop. Each flip happens to half of the pictures. Raises RecipeError for an impossible scale.
+    Each picture: a crop of some part of its area, or the evaluation's crop padded and cut out elsewhere; flips and
+    quarter turns, for labels that do not mind; one of the policies; erasing. Each batch: mixup and cutmix.
     """
 
-    hflip: bool = True
+    hflip: bool = True  # half of the pictures, as vflip
     vflip: bool = False
     rotate90: bool = False
-    crop_scale: tuple[float, ...] = (0.35, 1.0)
+    crop_scale: tuple[float, ...] = (0.35, 1.0)  # smallest and largest part; empty: the evaluation's centre crop
+    pad: int = 0  # pixels of mean colour around that centre crop, which is then cut out of it anywhere
+    policy: Literal["none", "rand", "trivial"] = "none"  # TrivialAugment has no settings
+    policy_layers: int = 2
+    policy_magnitude: float = 9.0  # 0..10
+    policy_spread: float = 0.5  # standard deviation of the magnitude
+    erasing: float = 0.0  # probability that a rectangle of mean colour covers a part
+    mixup: float = 0.0  # alpha of Zhang et al. 2017; 0: none. With cutmix too, either happens to half of the batches
+    cutmix: float = 0.0  # alpha of Yun et al. 2019
+    repeats: int = 1  # times a picture comes in an epoch, which then sees fewer of them (Hoffer et al. 2019)
 
     def __post_init__(self) -> None:
-        if self.crop_scale and not (len(self.crop_scale) == 2 and 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1):
-            raise RecipeError(
-                f"crop_scale is {self.crop_scale}; it must be two parts of the area, 0 < low <= high <= 1"
-            )
+        records.check_fields(self, RecipeError)
+        scale = self.crop_scale
+        wrong = {
+            f"crop_scale is {scale}; it must be two parts of the area, 0 < low <= high <= 1": (
+                bool(scale) and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1)
+            ),
+            f"pad is {self.pad}; it must be 0 or more": self.pad < 0,
+            "pad and crop_scale both place the crop; set crop_scale = [], or pad = 0": self.pad > 0 and bool(scale),
+            f"policy_layers is {self.policy_layers}; it must be 1 or more": self.policy_layers < 1,
+            f"policy_magnitude is {self.policy_magnitude}; it must lie in 0..10": not 0 <= self.policy_magnitude <= 10,
+            f"policy_spread is {self.policy_spread}; it must be 0 or more": not 0 <= self.policy_spread < math.inf,
+            f"erasing is {self.erasing}; it must lie in 0..1": not 0 <= self.erasing <= 1,
+            f"mixup is {self.mixup}; it must be 0 or more": not 0 <= self.mixup < math.inf,
+            f"cutmix is {self.cutmix}; it must be 0 or more": not 0 <= self.cutmix < math.inf,
+            f"repeats is {self.repeats}; it must be 1 or more": self.repeats < 1,
+        }
+        for message, holds in wrong.items():
+            if holds:
+                raise RecipeError(message)
 
 
 def random_box(width: int, height: int, scale: tuple[float, ...], random: np.random.Generator) -> Box:
@@ -57,18 +87,86 @@ def random_box(width: int, height: int, scale: tuple[float, ...], random: np.ran
 
 def augmented(image: Image.Image, augment: Augment, record: Preprocess, random: np.random.Generator) -> Tensor:
     """One picture as training sees it: uint8 (C, crop, crop), memory in order (crop, crop, C)."""
-    if not augment.crop_scale:
-        square = centred(image, record)
-    else:
+    if augment.crop_scale:
         square = cut_out(image, random_box(*image.size, augment.crop_scale, random), record)
-    pixels = pixels_of(square)
+    else:
+        square = centred(image, record)
+    return altered(pixels_of(square), augment, record, random)
+
+
+def altered(pixels: NDArray[np.uint8], augment: Augment, record: Preprocess, random: np.random.Generator) -> Tensor:
+    """What training does to the pixels (crop, crop, C) of a crop: shift, flips, turn, policy, erasing.
+
+    Gives uint8 (C, crop, crop), memory in order (crop, crop, C).
+    """
+    mean = mean_colour(record)
+    if augment.pad:
+        pixels = shifted(pixels, augment.pad, mean, random)
     if augment.hflip and random.random() < 0.5:
         pixels = pixels[:, ::-1]
     if augment.vflip and random.random() < 0.5:
         pixels = pixels[::-1]
     if augment.rotate90:
         pixels = np.rot90(pixels, int(random.integers(4)))
+    if augment.policy != "none":
+        pixels = under_policy(pixels, augment, record, random)
+    if augment.erasing and random.random() < augment.erasing:
+        pixels = erased(pixels, mean, random)
     return channels_first(pixels)
+
+
+def mean_colour(record: Preprocess) -> tuple[int, ...]:
+    """The colour that normalises to 0, as near as 8 bits come, in the order of decoded pictures (RGB or grey)."""
+    mean = record.mean[::-1] if record.channels == "BGR" else record.mean
+    return tuple(round(255 * value) for value in mean)
+
+
+def shifted(
+    pixels: NDArray[np.uint8], pad: int, fill: tuple[int, ...], random: np.random.Generator
+) -> NDArray[np.uint8]:
+    """The picture padded on each side, and a part of its former size cut out anywhere (He et al. 2015, §4.2)."""
+    height, width, channels = pixels.shape
+    padded = np.full((height + 2 * pad, width + 2 * pad, channels), fill, np.uint8)
+    padded[pad : pad + height, pad : pad + width] = pixels
+    top, left = random.integers(2 * pad + 1, size=2)
+    return padded[top : top + height, left : left + width]
+
+
+def under_policy(
+    pixels: NDArray[np.uint8], augment: Augment, record: Preprocess, random: np.random.Generator
+) -> NDArray[np.uint8]:
+    """The pixels after the policy; from outside comes the mean colour as in timm, or black as in torchvision."""
+    image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))
+    look = {"resample": Image.Resampling[record.interpolation.upper()]}
+    if augment.policy == "trivial":
+        return pixels_of(trivial_augment(image, random, **look))
+    mean = mean_colour(record)
+    return pixels_of(
+        rand_augment(
+            image,
+            random,
+            layers=augment.policy_layers,
+            magnitude=augment.policy_magnitude,
+            spread=augment.policy_spread,
+            fillcolor=mean if len(mean) > 1 else mean[0],
+            **look,
+        )
+    )
+
+
+def erased(pixels: NDArray[np.uint8], fill: tuple[int, ...], random: np.random.Generator) -> NDArray[np.uint8]:
+    """The picture with a filled rectangle (Zhong et al. 2017); ten tries to fit one in, then as it is."""
+    height, width = pixels.shape[:2]
+    for _ in range(10):
+        area = random.uniform(*_ERASED) * height * width
+        ratio = math.exp(random.uniform(math.log(_ERASED_RATIO[0]), math.log(_ERASED_RATIO[1])))
+        high, wide = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if high < height and wide < width:
+            top, left = int(random.integers(height - high + 1)), int(random.integers(width - wide + 1))
+            pixels = pixels.copy()
+            pixels[top : top + high, left : left + wide] = fill
+            break
+    return pixels
 
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {

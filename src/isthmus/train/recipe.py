@@ -84,7 +84,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         records.check_fields(self, RecipeError)
-        records.check_fields(self.augment, RecipeError)
         wrong = {
             "data is empty; name a folder, a .csv file or elpv": not self.data,
             "neither weights nor arch is given; name one": not (self.weights or self.arch),
