@@ -61,10 +61,11 @@ def test_trivial_is_torchvisions_wide_set(photo, chance, name, sign, mode):
         wanted = int(amount) if turned < 0 else amount
         assert chance.amount(level / 30, SIDE) == pytest.approx(wanted, abs=1e-4)
         found = OPERATIONS[chance.operation](image, sign * wanted if signed else wanted, resample=FILTERS[0])
-        theirs_amount = turned * sign * amount if signed else amount
-        assert (
-            found.tobytes() == _apply_op(image, name, theirs_amount, InterpolationMode.BILINEAR, fill=None).tobytes()
-        ), level
+        other = _apply_op(
+            image, name, turned * sign * amount if signed else amount, InterpolationMode.BILINEAR, fill=None
+        )
+        most = 1 if name.startswith("Shear") else 0  # theirs goes through the tangent of an arctangent
+        assert np.abs(np.asarray(found, np.int16) - np.asarray(other, np.int16)).max() <= most, level
 
 
 @pytest.fixture
