@@ -167,6 +167,34 @@ def test_nothing_beyond_the_last_name_is_computed(x):
     assert list(net.features(x, ("stem",))) == ["stem"]
 
 
+@pytest.mark.parametrize("name", ["resnet26d", "resnetv2_50", "resnetrs50", "resnet20_cifar"])
+def test_going_on_from_a_map(x, name):
+    net = network(name)
+    with torch.no_grad():
+        every = net.features(x)
+        for place, point in enumerate(("stem", *net.stages)):
+            begun = net.maxpool(every[point]) if point == "stem" else every[point]
+            rest = net.features(begun, after=point)
+            assert list(rest) == list(every)[place + 1 :]
+            assert all(torch.equal(value, every[key]) for key, value in rest.items())
+            assert torch.equal(net(begun, after=point), net(x))
+            with pytest.raises(SpecError, match=f"no feature '{point}'; known: .*last"):
+                net.features(begun, (point,), after=point)
+    with pytest.raises(SpecError, match="cannot go on after 'last'; known: stem, layer1"):
+        net.features(x, after="last")
+
+
+def test_taps_that_are_known_already(x):
+    head = HeadSpec(taps=("layer1", "last", "stem"), pools=("max", "avg"))
+    net = ResNet(plan(replace(small("resnet26d"), head=head), 64)).eval()
+    with torch.no_grad():
+        maps = net.features(x)
+        known = {name: net.pool(maps[name]) for name in ("stem", "layer1")}
+        assert torch.equal(net(maps["layer2"], after="layer2", known=known), net(x))
+        known["last"] = net.pool(maps["last"])
+        assert torch.equal(net(x[:, :0], after="layer4", known=known), net(x))
+
+
 @pytest.mark.parametrize("in_channels", [1, 5])
 @pytest.mark.parametrize("name", ["resnet18", "resnet26d", "resnetv2_50", "resnet20_cifar"])
 def test_input_channels(name, in_channels):

@@ -1,4 +1,4 @@
-"""A trained network ready to run: folded where that is possible, channels_last, in the machine's best precision."""
+"""A trained network ready to run: in its fast form, channels_last, in the machine's best precision."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -9,9 +9,8 @@ from torch import Tensor, nn
 from isthmus.data.augment import views as seen_in
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.transform import normalise
-from isthmus.errors import SpecError
-from isthmus.evaluation.metrics import Tally
-from isthmus.nn.fold import fold
+from isthmus.evaluation.metrics import Ranks, Tally
+from isthmus.nn.fuse import fast_form
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision
 
@@ -31,11 +30,7 @@ class Inference:
         self.precision: Precision = precision or machine.precision
         self.dtype = DTYPE[self.precision]
         self.head: nn.Module = copy.deepcopy(net.fc).eval().to(machine.torch_device)
-        try:
-            trunk = fold(net)
-        except SpecError:  # pre-activation, group norm or own blocks: as it is
-            trunk = copy.deepcopy(net)
-        self.trunk = trunk.eval().to(machine.torch_device, self.dtype).to(memory_format=torch.channels_last)
+        self.trunk = fast_form(net, net.spec.head.taps, machine.torch_device, self.dtype)
 
     @torch.inference_mode()
     def pooled(self, images: Tensor) -> Tensor:
@@ -44,7 +39,7 @@ class Inference:
         x = x.to(self.dtype, memory_format=torch.channels_last)
         taps = self.trunk.spec.head.taps
         maps = self.trunk.features(x, taps)
-        return self.trunk.pool([maps[name].float() for name in taps])
+        return torch.cat([self.trunk.pool(maps[name], torch.float32) for name in taps], dim=1)
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
@@ -58,9 +53,9 @@ class Inference:
         for batch in loader.epoch(0):
             yield batch, self.logits(batch.images).cpu()
 
-    def evaluate(self, loader: Loader) -> Tally:
-        """The scores on a labelled loader."""
+    def evaluate(self, loader: Loader, ranks: Ranks | None = None) -> Tally:
+        """The scores on a labelled loader; with `ranks`, on what the loaders of all processes read together."""
         tally = Tally(loader.pictures.classes)
         for batch, logits in self.run(loader):
             tally.add(logits, batch.labels)
-        return tally
+        return tally.over(ranks) if ranks else tally

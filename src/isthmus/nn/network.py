@@ -64,24 +64,30 @@ class ResNet(nn.Module):
         self.fc = make_head(plan)
         initialise(self, zero_init=zero_init)
 
-    def features(self, x: Tensor, names: tuple[str, ...] | None = None) -> dict[str, Tensor]:
+    def features(self, x: Tensor, names: tuple[str, ...] | None = None, *, after: str = "") -> dict[str, Tensor]:
         """The maps of `plan.features`, all or those in `names`: (N, channels, H / stride, W / stride), rounded up.
 
         The average pool of an anti-aliased stem and a `max_ceil` pool round down instead. `stem` is taken before its
         pool, `last` after the final norm of a pre-activation network. Nothing beyond the last name asked for is run.
+        `after` says that `x` is no picture but the map behind the stem (its pool included) or behind a stage; only
+        what comes later can be asked for then. Raises SpecError for a name that is not to be had.
         """
         known = ("stem", *self.stages, "last")
-        names = known if names is None else names
-        if unknown := [name for name in names if name not in known]:
-            raise SpecError(f"there is no feature {unknown[0]!r}; known: {', '.join(known)}")
+        if after and after not in known[:-1]:
+            raise SpecError(f"cannot go on after {after!r}; known: {', '.join(known[:-1])}")
+        begin = known.index(after) + 1 if after else 0
+        names = known[begin:] if names is None else names
+        if unknown := [name for name in names if name not in known[begin:]]:
+            raise SpecError(f"there is no feature {unknown[0]!r}; known: {', '.join(known[begin:])}")
         end = max(known.index(name) for name in names) if names else -1
         maps: dict[str, Tensor] = {}
-        x = self.act1(self.bn1(self.conv1(x)))
-        if "stem" in names:
-            maps["stem"] = x
-        if end > 0:
-            x = self.maxpool(x)
-        for name in self.stages[: max(end, 0)]:
+        if not begin:
+            x = self.act1(self.bn1(self.conv1(x)))
+            if "stem" in names:
+                maps["stem"] = x
+            if end > 0:
+                x = self.maxpool(x)
+        for name in self.stages[max(begin - 1, 0) : max(end, 0)]:
             x = self.get_submodule(name)(x)
             if name in names:
                 maps[name] = x
@@ -89,19 +95,26 @@ class ResNet(nn.Module):
             maps["last"] = self.act(self.norm(x)) if self.spec.preact else x
         return maps
 
-    def pooled(self, x: Tensor) -> Tensor:
-        """What the classifier sees: (N, plan.num_features)."""
-        maps = self.features(x, self.spec.head.taps)
-        return self.pool([maps[name] for name in self.spec.head.taps])
+    def pooled(self, x: Tensor, *, after: str = "", known: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the classifier sees: (N, plan.num_features).
 
-    def pool(self, maps: list[Tensor]) -> Tensor:
-        """Maps (N, C, *size) pooled as the head asks, side by side: (N, plan.num_features)."""
-        head = self.spec.head
-        parts = [x.flatten(2).mean(2) if pool == "avg" else x.flatten(2).amax(2) for x in maps for pool in head.pools]
+        With `after`, `x` is the map behind that point and `known` holds what `pool` makes of the taps up to there.
+        """
+        known = known or {}
+        maps = self.features(x, tuple(tap for tap in self.spec.head.taps if tap not in known), after=after)
+        parts = [known[tap] if tap in known else self.pool(maps[tap]) for tap in self.spec.head.taps]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.pooled(x))
+    def pool(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A map (N, C, *size) pooled in every way the head asks for, side by side, in `dtype`: (N, pools × C)."""
+        x = x.flatten(2)
+        parts = [
+            x.mean(2, dtype=dtype) if pool == "avg" else x.amax(2).to(dtype or x.dtype) for pool in self.spec.head.pools
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def forward(self, x: Tensor, *, after: str = "", known: Mapping[str, Tensor] | None = None) -> Tensor:
+        logits: Tensor = self.fc(self.pooled(x, after=after, known=known))
         return logits
 
     def train(self, mode: bool = True) -> Self:

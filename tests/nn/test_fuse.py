@@ -1,0 +1,142 @@
+"""The fast form for evaluation gives the network's own maps, and leaves the network as it is."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from isthmus.arch.plan import plan
+from isthmus.arch.spec import NetSpec, StageSpec
+from isthmus.arch.variants import variant
+from isthmus.nn.fold import fold
+from isthmus.nn.fuse import FusedBlock, FusedConv, fast_form, fuses
+from isthmus.nn.network import ResNet
+from oracles import ours, picture, random_state, relative_error, trimmed
+
+CPU = torch.device("cpu")
+# Name, and whether the addition of the shortcut goes into the last convolution: not behind an attention.
+STRUCTURES = {
+    "resnet18": True,
+    "resnet26d": True,
+    "resnet50_v1": True,
+    "wide_resnet50_2": True,
+    "resnext50_32x4d": True,
+    "resnetaa34d": True,
+    "resnetblur50d": True,
+    "resnet20_cifar": True,
+    "resnet164_cifar": True,
+    "plain20_cifar": True,
+    "test_resnet": True,
+    "seresnet18": False,
+    "ecaresnet26t": False,
+    "resnetrs50": False,
+    "senet154": False,
+}
+UNFOLDED = ("resnetv2_50", "resnet50_gn")
+needs_onednn = pytest.mark.skipif(not fuses(CPU, torch.float32), reason="torch is built without oneDNN")
+needs_bf16 = pytest.mark.skipif(not fuses(CPU, torch.bfloat16), reason="the machine has no bf16 convolutions")
+
+
+def random_net(spec: NetSpec | str, size: int = 64) -> ResNet:
+    return ours(spec, size, random_state(ResNet(plan(spec, size)))).float()
+
+
+def maps(form: ResNet, net: ResNet, x: torch.Tensor, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Each map of the form beside that of the network in double precision."""
+    with torch.no_grad():
+        found, wanted = form.features(x.to(dtype)), copy.deepcopy(net).double().features(x.double())
+    return [(found[name].double(), wanted[name]) for name in wanted]
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_the_same_maps(name):
+    net = random_net(trimmed(variant(name))[0])
+    before = copy.deepcopy(net.state_dict())
+    form = fast_form(net, ("stem", *net.stages), CPU, torch.float32)
+    for shape in ((2, 3, 64, 64), (1, 3, 33, 47)):  # the weights are packed for the first and must serve the second
+        for found, wanted in maps(form, net, picture(*shape).float(), torch.float32):
+            assert relative_error(found, wanted) <= 1e-5
+    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    assert not any(
+        type(module) is nn.Conv2d for stage in form.stages for module in form.get_submodule(stage).children()
+    )
+    assert {isinstance(block, FusedBlock) for block in form.layer1} == {STRUCTURES[name]}
+    assert isinstance(form.layer2[0].conv1, FusedConv)
+
+
+@pytest.mark.parametrize("name", UNFOLDED)
+def test_what_cannot_fold_is_copied(name):
+    net = random_net(trimmed(variant(name))[0])
+    form = fast_form(net, ("last",), CPU, torch.float32)
+    x = picture(2, 3, 64, 64).float()
+    with torch.no_grad():
+        assert relative_error(form.features(x)["last"], net.features(x)["last"]) <= 1e-5
+    assert form.conv1.weight.data_ptr() != net.conv1.weight.data_ptr()
+
+
+@needs_bf16
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "seresnet18", "resnext50_32x4d"])
+def test_no_less_exact_in_bf16_than_eager(name):
+    """What is fused is rounded once less often."""
+    net = random_net(trimmed(variant(name))[0])
+    x = picture(4, 3, 64, 64).float()
+    forms = fast_form(net, ("last",), CPU, torch.bfloat16), fold(net).bfloat16()
+    fast, eager = (
+        [float((found - wanted).square().mean()) for found, wanted in maps(form, net, x, torch.bfloat16)]
+        for form in forms
+    )
+    assert all(this <= 1.1 * that for this, that in zip(fast, eager, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("names", "kept"), [((), 0), (("stem",), 0), (("layer2", "layer1"), 2), (("layer1", "last"), 4), (("last",), 4)]
+)
+def test_later_stages_are_left_out(names, kept):
+    net = random_net("resnet18")
+    form = fast_form(net, names, CPU, torch.float64)
+    assert [len(list(form.get_submodule(stage).children())) > 0 for stage in net.stages] == [
+        number < kept for number in range(4)
+    ]
+    x = picture(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = net.double().features(x, names)
+        for name, found in form.features(x, names).items():
+            assert relative_error(found, wanted[name]) <= 1e-6
+    assert not list(form.fc.parameters())
+
+
+def test_training_and_dropped_paths_do_not_matter():
+    spec = replace(trimmed(variant("resnet26"))[0], drop_path=0.5)
+    net = random_net(spec).train()
+    form, x = fast_form(net, ("last",), CPU, torch.float32), picture(2, 3, 64, 64).float()
+    assert net.training
+    with torch.no_grad():
+        assert relative_error(form.features(x)["last"], net.eval().features(x)["last"]) <= 1e-5
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_dimensions(dims):
+    net = random_net(NetSpec(stages=(StageSpec(depth=2, mid=4, out=16),), dims=dims), 16)
+    x = picture(2, 3, *(16,) * dims).float()
+    with torch.no_grad():
+        found = fast_form(net, ("last",), CPU, torch.float32).features(x)["last"]
+        assert relative_error(found, net.features(x)["last"]) <= 1e-5
+
+
+def test_own_blocks_are_copied():
+    class Own(nn.Module):
+        def __init__(self, width_in, mid, stride, downsample):
+            super().__init__()
+            self.conv = nn.Conv2d(width_in, mid, 3, stride, 1)
+
+        def forward(self, x):
+            return self.conv(x)
+
+    spec = NetSpec(stages=(StageSpec(depth=1, mid=8, out=8, block="own"),))
+    net, x = ResNet(plan(spec, 32), blocks={"own": Own}).eval(), picture(1, 3, 32, 32).float()
+    with torch.no_grad():
+        found = fast_form(net, ("last",), CPU, torch.float32).features(x)["last"]
+        assert relative_error(found, net.features(x)["last"]) <= 1e-5
