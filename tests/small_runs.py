@@ -103,5 +103,5 @@ class Recorder(Reporter):
     def say(self, line: str) -> None:
         self.lines.append(line)
 
-    def progress(self, task: str, done: int, total: int) -> None:
+    def progress(self, task: str, done: int, total: int, facts: Mapping[str, float] | None = None) -> None:
         self.steps.append((task, done, total))

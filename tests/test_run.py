@@ -290,7 +290,7 @@ class Stops(Reporter):
     def __init__(self, task: str, done: int) -> None:
         self.task, self.done = task, done
 
-    def progress(self, task, done, total):
+    def progress(self, task, done, total, facts=None):
         if task.startswith(self.task) and done >= self.done:
             signal.raise_signal(signal.SIGINT)
 

@@ -68,7 +68,7 @@ class Stops(Reporter):
     def __init__(self, steps: int, number: signal.Signals = signal.SIGINT) -> None:
         self.left, self.number = steps, number
 
-    def progress(self, task, done, total):
+    def progress(self, task, done, total, facts=None):
         assert 0 < done <= total
         self.left -= 1
         if self.left == 0:
@@ -217,7 +217,7 @@ def test_averages_cover_parameters_and_statistics(train):
     net, states = fresh(), []
 
     class Watches(Reporter):
-        def progress(self, task, done, total):
+        def progress(self, task, done, total, facts=None):
             states.append(copied(net))
 
     _, found = train(reporter=Watches(), net=net)
