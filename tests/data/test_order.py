@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.order import permutation, sample_generator, stratified_folds, stratified_split
+from isthmus.data.order import clustered_permutation, permutation, sample_generator, stratified_folds, stratified_split
 from isthmus.errors import DataError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(lambda few: few * 2)
@@ -21,6 +21,34 @@ def test_order_is_the_same_forever():
     assert permutation(8, 0, 0).tolist() == [1, 2, 3, 5, 0, 4, 7, 6]
     assert permutation(8, 7, 3).tolist() == [6, 5, 2, 4, 3, 0, 7, 1]
     assert sample_generator(1, 2, 3).random() == pytest.approx(0.06344102965932141, abs=1e-15)
+
+
+@given(st.lists(st.integers(0, 30), max_size=400), st.integers(1, 100), st.integers(0, 5))
+def test_clusters_are_read_few_at_a_time(clusters, window, epoch):
+    """By a second way: lay the clusters out, cut them into windows, and see every window finished before the next."""
+    clusters = np.array(clusters, np.int64)
+    order = clustered_permutation(clusters, window, 7, epoch)
+    assert sorted(order.tolist()) == list(range(len(clusters)))
+    sizes = {cluster: int((clusters == cluster).sum()) for cluster in clusters.tolist()}
+    seen: list[int] = []  # clusters as they are first met
+    for cluster in clusters[order].tolist():
+        if cluster not in seen:
+            seen.append(cluster)
+    last = {cluster: place for place, cluster in enumerate(clusters[order].tolist())}
+    for place, cluster in enumerate(clusters[order].tolist()):
+        behind = [other for other in seen if last[other] >= place and seen.index(other) <= seen.index(cluster)]
+        assert sum(sizes[other] for other in behind) < window + 2 * max(sizes.values())
+
+
+def test_clusters_are_mixed_inside_their_window():
+    clusters = np.repeat(np.arange(40), 25)
+    one, two = (clustered_permutation(clusters, 250, 0, epoch) for epoch in (0, 1))
+    assert not np.array_equal(one, two)
+    for start in range(0, 1000, 250):
+        inside = clusters[one[start : start + 250]]
+        assert len(set(inside)) == 10
+        assert len(set(inside[:25])) > 5
+    assert np.array_equal(one, clustered_permutation(clusters, 250, 0, 0))
 
 
 def test_samples_do_not_share_random_numbers():

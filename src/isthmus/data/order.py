@@ -11,9 +11,16 @@ from numpy.typing import NDArray
 
 from isthmus.errors import DataError
 
-__all__ = ["permutation", "sample_generator", "step_generator", "stratified_folds", "stratified_split"]
+__all__ = [
+    "clustered_permutation",
+    "permutation",
+    "sample_generator",
+    "step_generator",
+    "stratified_folds",
+    "stratified_split",
+]
 
-_SAMPLE, _EPOCH, _SPLIT, _STEP = range(4)
+_SAMPLE, _EPOCH, _SPLIT, _STEP, _CLUSTER = range(5)
 
 
 def _philox(seed: int, stream: int, index: int, purpose: int) -> np.random.Philox:
@@ -38,6 +45,20 @@ def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     """The order of `count` pictures in one epoch: each of 0..count-1 once."""
     return _shuffled(count, seed, epoch, _EPOCH)
+
+
+def clustered_permutation(clusters: NDArray[np.int64], window: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    """An order of all pictures that reads few clusters at a time: `clusters` (N,) says which one each is in.
+
+    The clusters are shuffled, consecutive ones of about `window` pictures are taken together, and the pictures of
+    these are shuffled.
+    """
+    values, which, counts = np.unique(clusters, return_inverse=True, return_counts=True)
+    order = _shuffled(len(values), seed, epoch, _CLUSTER)
+    first = np.empty(len(values), np.int64)  # place of each cluster's first picture, had it come unmixed
+    first[order] = np.cumsum(counts[order]) - counts[order]
+    mixed = permutation(len(clusters), seed, epoch)
+    return mixed[np.argsort((first // window)[which[mixed]], kind="stable")]
 
 
 def _shuffled_classes(labels: Sequence[int] | NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:

@@ -2,36 +2,52 @@
 
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, Self
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.data.order import clustered_permutation, permutation
 from isthmus.errors import DataError
 
-__all__ = ["Files", "Identity", "Names", "Pictures", "Store", "natural", "read_file"]
+__all__ = ["WINDOW", "Files", "Identity", "Names", "Pictures", "Store", "natural", "read_file"]
 
+WINDOW = 16_384  # pictures of remote shards that are mixed at a time; readers of streams mix a few thousand
 Identity = tuple[str | int, ...]
 """What tells a picture from every other, and from itself after a change: plain values for the key of a cache."""
 
 
-class Store(Protocol):
+class Store(ABC):
     """Numbered pictures that can be read in any order, by any thread and, pickled, by any process."""
 
+    __slots__ = ()
+
+    @abstractmethod
     def __len__(self) -> int:
         """How many."""
 
+    @abstractmethod
     def read(self, place: int) -> bytes:
         """The encoded picture (JPEG, PNG, ...); raises DataError naming it where it cannot be read."""
 
+    @abstractmethod
     def name(self, place: int) -> str:
         """What a person finds the picture by."""
 
+    @abstractmethod
     def identity(self, place: int) -> Identity:
         """Its name, and what changes with its content; raises DataError when it is gone."""
+
+    def clusters(self, places: NDArray[np.int64]) -> NDArray[np.int64] | None:  # noqa: ARG002 - for those that are
+        """The number of the cluster that each place is in, where pictures of one should be read together; else None."""
+        return None
+
+    def expect(self, places: NDArray[np.int64]) -> None:  # noqa: B027 - most stores need not
+        """Hear that these places will be read soon."""
 
 
 class Names:
@@ -43,6 +59,13 @@ class Names:
         encoded = [os.fsencode(name) for name in names]
         self.packed = b"".join(encoded)
         self.ends = np.cumsum(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+
+    @classmethod
+    def of(cls, packed: bytes, ends: NDArray[np.int64]) -> Self:
+        """Names packed before: all of them, and where each ends."""
+        names = cls(())
+        names.packed, names.ends = packed, ends
+        return names
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -73,7 +96,7 @@ def read_file(path: Path | str) -> bytes:
 
 
 @dataclass(frozen=True, slots=True)
-class Files:
+class Files(Store):
     """Picture files, named from `root`, which may be empty."""
 
     root: str
@@ -98,7 +121,7 @@ class Files:
 
 
 @dataclass(frozen=True, slots=True)
-class _Joined:
+class _Joined(Store):
     """The pictures of one store, then those of another."""
 
     first: Store
@@ -207,6 +230,20 @@ class Pictures:
         """Class name -> number of pictures, in the order of the classes, zeros included."""
         seen = np.bincount(self.labels[self.labels >= 0], minlength=len(self.classes))
         return dict(zip(self.classes, seen.tolist(), strict=False))
+
+    def shuffled(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The order of an epoch: every index once, a pure function of (seed, epoch).
+
+        Where reading picture by picture is slow (remote shards), those of the same few shards stay near each other.
+        """
+        clusters = self.store.clusters(self.places)
+        if clusters is None:
+            return permutation(len(self), seed, epoch)
+        return clustered_permutation(clusters, WINDOW, seed, epoch)
+
+    def expect(self, indices: NDArray[np.int64]) -> None:
+        """Say that these pictures will be read soon: remote shards begin to come; WINDOW pictures ahead is well."""
+        self.store.expect(self.places[indices])
 
     def read(self, index: int) -> bytes:
         """The encoded picture; raises DataError naming it where it cannot be read."""
