@@ -17,16 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from isthmus.errors import IsthmusError, RunError
 from isthmus.messages import first_line
 from isthmus.runtime import cores
-from isthmus.train.heartbeat import Heartbeat
+from isthmus.train.heartbeat import ADVICE, Heartbeat
 
 __all__ = ["World", "accumulated", "joined", "parallel", "restarted", "share_buffers"]
 
 TIMEOUT = "ISTHMUS_TIMEOUT"  # the environment variable
 MINUTES = 10
-ADVICE = (
-    "what was saved last is whole; start the same command again to go on from there, or let torchrun do so with "
-    "--max-restarts"
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +122,7 @@ def joined(device: str | None = None) -> Iterator[World]:
         ) from error
     heartbeat = Heartbeat(PrefixStore("isthmus", store), rank, size)
     heartbeat.start()
-    reason = ""
+    reason, told = "", False
     try:
         distributed.init_process_group(
             "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
@@ -138,17 +134,20 @@ def joined(device: str | None = None) -> Iterator[World]:
         yield World(rank=rank, size=size, local_rank=local_rank, device=device, heartbeat=heartbeat)
     except (IsthmusError, RuntimeError) as error:
         reason = first_line(error)
-        told = error if isinstance(error, IsthmusError) else explained(error, heartbeat)
-        if told is not None and not said_first(str(told), heartbeat):
-            raise SystemExit(2) from error
-        if told is None or told is error:
+        failure = error if isinstance(error, IsthmusError) else explained(error, heartbeat)
+        if failure is None:
             raise
-        raise told from error
+        reason, told = str(failure), True
+        if not said_first(reason, heartbeat):
+            raise SystemExit(2) from error
+        if failure is error:
+            raise
+        raise failure from error
     except Exception as error:
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise
     finally:
-        heartbeat.stop(reason)
+        heartbeat.stop(reason, told=told)
         if distributed.is_initialized():
             distributed.destroy_process_group()
 
@@ -171,8 +170,8 @@ def explained(error: RuntimeError, heartbeat: Heartbeat) -> RunError | None:
         missing = heartbeat.missing(late="timed out" in str(error).lower() or "timeout" in str(error).lower())
     except RuntimeError:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        missing = f"the process at {where}, where all others meet, does not answer any more"
-    return RunError(f"{missing}; {ADVICE}") if missing else None
+        missing = f"the process at {where}, where all others meet, does not answer any more; {ADVICE}"
+    return RunError(missing) if missing else None
 
 
 def said_first(message: str, heartbeat: Heartbeat) -> bool:

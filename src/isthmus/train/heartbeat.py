@@ -11,8 +11,12 @@ from torch.distributed.distributed_c10d import Store
 
 from isthmus.messages import listed
 
-__all__ = ["Heartbeat"]
+__all__ = ["ADVICE", "Heartbeat"]
 
+ADVICE = (
+    "the last checkpoint is whole: start the same command again to go on from it, or let torchrun do so with "
+    "--max-restarts"
+)
 BEAT = 1.0  # seconds
 PATIENCE = 4  # beats without a sign after which a process counts as lost
 Sign = dict[str, Any] | None
@@ -32,6 +36,7 @@ class Heartbeat:
     places: int = field(default=0, init=False)
     what: str = field(default="the start", init=False)
     reason: str | None = field(default=None, init=False)
+    told: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self.host = socket.gethostname()
@@ -45,9 +50,9 @@ class Heartbeat:
         self._beat()
         self.thread.start()
 
-    def stop(self, reason: str = "") -> None:
-        """End the beats; `reason`, where there is one, is what the others are told."""
-        self.reason = reason
+    def stop(self, reason: str = "", *, told: bool = False) -> None:
+        """End the beats; `reason`, where there is one, is what the others hear, and `told` whether the user has."""
+        self.reason, self.told = reason, told
         self.stopped.set()
         self.thread.join()
 
@@ -60,15 +65,20 @@ class Heartbeat:
         return bool(self.store.add(f"said {message}", 1) == 1)
 
     def missing(self, *, late: bool) -> str:
-        """Which ranks failed, left early, fell silent or, if `late`, hang; empty if none does. Takes some seconds."""
+        """Which ranks failed, left early, fell silent or, if `late`, hang; empty if none does. Takes some seconds.
+
+        An error that the user has been told of is given as it was told.
+        """
         before = self._signs()
         threading.Event().wait(BEAT * PATIENCE)
         after = self._signs()
         fates: dict[str, list[str]] = {}
         for rank, sign in after.items():
+            if sign and sign["told"]:
+                return str(sign["reason"])
             if fate := self._fate(sign, before[rank], late=late):
                 fates.setdefault(fate, []).append(f"rank {rank} on {sign['host']}" if sign else f"rank {rank}")
-        return "; ".join(f"{listed(names)} {fate}" for fate, names in fates.items())
+        return "; ".join([f"{listed(names)} {fate}" for fate, names in fates.items()] + [ADVICE] * bool(fates))
 
     def _fate(self, sign: Sign, before: Sign, *, late: bool) -> str:
         """What the last sign of a rank, and one from some beats before, say of it."""
@@ -91,7 +101,14 @@ class Heartbeat:
 
     def _beat(self) -> None:
         self.beats += 1
-        sign = {"beat": self.beats, "host": self.host, "reason": self.reason, "places": self.places, "what": self.what}
+        sign = {
+            "beat": self.beats,
+            "host": self.host,
+            "reason": self.reason,
+            "told": self.told,
+            "places": self.places,
+            "what": self.what,
+        }
         self.own.set(f"sign {self.rank}", json.dumps(sign))
 
     def _signs(self) -> dict[int, Sign]:

@@ -1,0 +1,119 @@
+"""Many processes compute what one does, and tell who is missing."""
+
+import re
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+import rank_checks
+import rank_faults
+from isthmus.errors import RunError
+from isthmus.train.distributed import World, joined, parallel, restarted
+from oracles import relative_error
+from processes import Processes
+from small_runs import network
+
+HOST = re.escape(socket.gethostname())
+TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.long)])
+def found(request, tmp_path_factory):
+    """What several processes found, from one start of them for all checks."""
+    path = tmp_path_factory.mktemp("ranks") / "found.pt"
+    for status, _, error in Processes(Path(rank_checks.__file__), str(path), ranks=request.param).wait():
+        assert status == 0, error
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("run", rank_checks.RUNS)
+def test_steps_of_many_processes_are_those_of_one(found, run):
+    assert (found[run] - rank_checks.RUNS[run](World())).abs().max() <= 1e-10
+
+
+def test_plain_norms_see_their_own_pictures_only(found):
+    """Otherwise the equality above would say nothing about synchronised norms."""
+    assert (found["plain norms"] - rank_checks.CHECKS["plain norms"](World())).abs().max() > 1e-3
+
+
+def test_synchronised_norms_of_every_kind(found):
+    wanted = rank_checks.norms(World())
+    assert found["norms"].keys() == wanted.keys()
+    for name, value in wanted.items():
+        precision = next(dtype for dtype in TOLERANCE if str(dtype) in name)
+        assert relative_error(found["norms"][name].double(), value.double()) <= TOLERANCE[precision], name
+
+
+def test_half_precision(found):
+    assert relative_error(found["half precision"], rank_checks.half_precision(World())) <= 2e-2
+
+
+def test_scores_over_uneven_shares(found):
+    wanted = rank_checks.scores(World())
+    assert found["scores"] == wanted | {"loss": pytest.approx(wanted["loss"], rel=1e-12)}
+
+
+def test_sums_votes_and_gatherings(found):
+    assert found["words"] == rank_checks.words(World())
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("killed", rf"rank 1 on {HOST} gave no more sign of life; "),
+        pytest.param("hanging", rf"rank 1 on {HOST} hangs after the first step; ", marks=pytest.mark.long),
+        pytest.param("user_error", r"picture 7 cannot be read$", marks=pytest.mark.long),
+        pytest.param("same_error", r"there is no such folder$", marks=pytest.mark.long),
+        pytest.param("bug", rf"rank 1 on {HOST} stopped: KeyError: 'a name'; ", marks=pytest.mark.long),
+        pytest.param("leaving", rf"rank 1 on {HOST} left after the first step; ", marks=pytest.mark.long),
+    ],
+)
+def test_who_is_missing_is_said_once(fault, message):
+    processes = Processes(Path(rank_faults.__file__), fault, timeout=3 if fault == "hanging" else 300)
+    if fault == "hanging":
+        processes.ranks[0].wait()
+        processes.ranks[1].kill()
+    ends = processes.wait()
+    lines = [line for _, _, error in ends for line in error.splitlines() if line.startswith("isthmus: ")]
+    assert len(lines) == 1
+    assert re.match(f"isthmus: {message}", lines[0])
+    assert ends[0][0] == 2
+    assert {"killed": -9, "bug": 1, "leaving": 0, "hanging": -9}.get(fault, 2) == ends[1][0]
+
+
+def test_alone_everything_is_itself(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    net = network()
+    with joined("cpu") as world:
+        assert world == World(device="cpu")
+        assert world.main
+        assert parallel(net, world) is net
+    assert not torch.distributed.is_initialized()
+
+
+def test_restarts_are_known(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+    assert not restarted()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert not restarted()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    assert restarted()
+
+
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan", ""])
+def test_timeouts_are_seconds(monkeypatch, text):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ISTHMUS_TIMEOUT", text)
+    with pytest.raises(RunError, match=f"ISTHMUS_TIMEOUT is {text!r}; it must be seconds above 0"), joined():
+        pass
+
+
+def test_processes_that_cannot_meet(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    message = "WORLD_SIZE is 2, but .* RANK expected, but not set; start them with torchrun"
+    with pytest.raises(RunError, match=message), joined():
+        pass
