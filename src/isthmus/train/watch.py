@@ -1,0 +1,163 @@
+"""What stops a run: losses and gradients that are no numbers, found where they begin, and memory that is not enough."""
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.errors import RunError
+from isthmus.messages import listed
+
+__all__ = ["Watch", "first_not_finite", "memory_in_use", "not_finite", "out_of_memory"]
+
+EVERY = 50  # steps between two looks at gradients that lie on a GPU
+
+
+class Watch:
+    """Whether the loss and the gradients of a step are numbers, known before the weights move.
+
+    A GPU is not held up: its loss is on the way to the host while backward runs, and its gradients are looked at now
+    and then. A gradient that is no number reaches all layers before the one it comes from, so the first is enough.
+    With fp16 the gradients are the scaler's business: it skips the steps in which they overflow.
+    """
+
+    def __init__(self, device: torch.device, *, gradients: bool = True) -> None:
+        cuda = device.type == "cuda"
+        self.gradients = gradients
+        self.copy = torch.zeros((), pin_memory=cuda)
+        self.arrived = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+        self.steps = 0
+
+    def take(self, loss: Tensor) -> None:
+        """The loss of a step (any shape () tensor), before its last backward pass begins."""
+        self.copy.copy_(loss.detach(), non_blocking=True)
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def loss(self) -> float:
+        """The loss last taken."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return float(self.copy)
+
+    def fine(self, net: nn.Module) -> bool:
+        """Whether the optimiser may go on; called once a step."""
+        self.steps += 1
+        if not math.isfinite(self.loss()):
+            return False
+        if not self.gradients or (self.arrived is not None and self.steps % EVERY):
+            return True
+        first = next((parameter.grad for parameter in net.parameters() if parameter.grad is not None), None)
+        return first is None or bool(first.isfinite().all())
+
+
+def first_not_finite(net: nn.Module, losses: Iterable[Tensor]) -> str:
+    """Where a value that is no finite number first appears while the batch of `losses` runs again, in words.
+
+    Each loss is computed by `net` itself (not by a compiled or wrapped form of it) when it is asked for, and runs
+    backward here. Empty when everything is finite this time. The weights stay as they are; gradients do not.
+    """
+    if stored := [name for name, parameter in net.named_parameters() if not finite(parameter)]:
+        return f"in the weights before this step: {listed(stored)}"
+    found: list[str] = []
+
+    def check(where: str, *values: Any) -> None:
+        if not found and not all(finite(tensor) for tensor in tensors(values)):
+            found.append(where)
+
+    def before(name: str, _: nn.Module, inputs: Any) -> None:
+        check(f"in the input of {name or 'the network'}", inputs)
+
+    def behind(name: str, _: nn.Module, __: Any, output: Any) -> None:
+        check(f"in the output of {name or 'the network'}", output)
+        if not name:
+            for tensor in tensors(output):
+                back("the loss", tensor)
+
+    def into(name: str, _: nn.Module, inputs: Any) -> None:
+        for tensor in tensors(inputs):
+            back(name, tensor)
+
+    def back(name: str, tensor: Tensor) -> None:
+        if tensor.requires_grad:
+            tensor.register_hook(partial(check, f"in the gradient that comes out of {name}"))  # type: ignore[no-untyped-call]
+
+    with ExitStack() as hooks:
+        for name, module in net.named_modules():
+            hooks.callback(module.register_forward_pre_hook(partial(before, name)).remove)
+            hooks.callback(module.register_forward_hook(partial(behind, name)).remove)
+        for name, module in blocks(net):
+            hooks.callback(module.register_forward_pre_hook(partial(into, name)).remove)
+        net.zero_grad()
+        for loss in losses:
+            check("in the loss, of logits that are finite", loss)
+            if not found:
+                loss.backward()  # type: ignore[no-untyped-call]
+            if found:
+                return found[0]
+    names = [name for name, parameter in net.named_parameters() if not finite(parameter.grad)]
+    return f"in the gradient of {names[-1]}" if names else ""
+
+
+def not_finite(
+    place: str, *, loss: float, epoch: int, step: int, lr: float, names: Sequence[str], checkpoint: Path | None
+) -> RunError:
+    """The error of a step (both counted from 1) whose loss or gradients are no numbers; `place` is where they begin."""
+    what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+    begins = place or "nowhere when the same pictures ran again: the cause is random numbers, or the hardware"
+    saved = f"the last state before it is {checkpoint}" if checkpoint else "no state was saved before it"
+    return RunError(
+        f"{what} in step {step} of epoch {epoch}; the first value that is no finite number lies {begins}; the pictures "
+        f"were {listed(names, 8)}; lower --lr (now {lr:.3g}), or look at these pictures; {saved}"
+    )
+
+
+def blocks(net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The parts of a network that run one after another: its children, those of a stage in its place."""
+    for name, child in net.named_children():
+        if isinstance(child, nn.Sequential):
+            yield from ((f"{name}.{place}", block) for place, block in child.named_children())
+        else:
+            yield name, child
+
+
+def finite(tensor: Tensor | None) -> bool:
+    """Whether all of it is finite numbers."""
+    return tensor is None or bool(tensor.detach().isfinite().all())
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in what a module takes or gives."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        yield from tensors(tuple(value.values()))
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from tensors(each)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the memory of the device or of this process does not suffice."""
+    words = ("can't allocate memory", "out of memory", "not enough memory")  # CPU, MPS, CPU on Windows
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
+    )
+
+
+def memory_in_use(device: torch.device) -> int:
+    """The most bytes that tensors have taken of a CUDA device, or that this process has held (0: unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return 0
+    from resource import RUSAGE_SELF, getrusage
+
+    peak = getrusage(RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

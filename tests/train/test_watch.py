@@ -1,0 +1,160 @@
+"""Values that are no numbers are found where they are made; errors of memory are told from others."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from isthmus.nn.memory import save_memory
+from isthmus.train.watch import Watch, first_not_finite, memory_in_use, not_finite, out_of_memory
+from small_runs import network, same
+
+CONVOLUTIONS = [name for name, module in network().named_modules() if isinstance(module, nn.Conv2d)]
+BLOCKS = ("layer1.0", "layer2.0")
+
+
+class NanBackward(torch.autograd.Function):
+    """The identity, whose gradient is wrong in one place."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = math.nan
+        return gradient
+
+
+def losses(net, parts=2):
+    """The summed losses of eight made-up pictures in so many micro-batches, each computed when it is asked for."""
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(8, 3, 32, 32, generator=random)
+    labels = torch.arange(8) % net.spec.num_classes
+    for x, y in zip(images.chunk(parts), labels.chunk(parts), strict=True):
+        yield F.cross_entropy(net(x), y, reduction="sum")
+
+
+def test_a_sound_network_has_none():
+    net = network().train()
+    weights = {name: value.detach().clone() for name, value in net.named_parameters()}
+    assert first_not_finite(net, losses(net)) == ""
+    assert same(weights, dict(net.named_parameters()))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_convolution_that_overflows_is_named(name):
+    net = network().train()
+    with torch.no_grad():
+        net.get_submodule(name).weight.fill_(3e38)
+    net(torch.zeros(2, 3, 32, 32) + 1)  # the statistics behind it are no numbers either, as after the step itself
+    assert first_not_finite(net, losses(net)) == f"in the output of {name}"
+
+
+@pytest.mark.parametrize("mode", ["plain", "checkpoint", "recompute"])
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_whose_gradient_is_wrong_is_named(name, mode):
+    net = network().train()
+    save_memory(net, mode)
+    block = net.get_submodule(name)
+    block.bn2.register_forward_hook(lambda module, inputs, output: NanBackward.apply(output))
+    found = first_not_finite(net, losses(net))
+    assert found == f"in the gradient that comes out of {name}"
+    # torch's own way, which runs every backward function under watch, agrees that it is in the backward pass.
+    with (
+        pytest.warns(UserWarning, match=r"Anomaly|Error detected"),
+        torch.autograd.detect_anomaly(),
+        pytest.raises(RuntimeError, match=r"NanBackward|returned nan"),
+    ):
+        next(losses(net)).backward()
+
+
+def test_the_gradient_of_one_weight_alone():
+    net = network().train()
+    net.layer2[0].conv2.weight.register_hook(lambda gradient: gradient / 0)
+    assert first_not_finite(net, losses(net)) == "in the gradient of layer2.0.conv2.weight"
+
+
+def test_pictures_weights_and_the_loss_itself():
+    net = network().train()
+    wrong = torch.full((2, 3, 32, 32), math.nan)
+    assert first_not_finite(net, (net(wrong).sum() for _ in range(1))) == "in the input of the network"
+    assert first_not_finite(net, (loss / 0 for loss in losses(net))) == "in the loss, of logits that are finite"
+    endless = (net(torch.ones(2, 3, 32, 32)).sub(net(torch.ones(2, 3, 32, 32))).sqrt().sum() for _ in range(1))
+    assert first_not_finite(net, endless) == "in the gradient that comes out of the loss"
+    with torch.no_grad():
+        net.layer1[0].conv1.weight[0] = math.nan
+    assert first_not_finite(net, losses(net)) == "in the weights before this step: layer1.0.conv1.weight"
+
+
+def test_a_watch_sees_the_loss_and_the_first_gradient():
+    net, watch = network().train(), Watch(torch.device("cpu"))
+    loss = next(losses(net))
+    watch.take(loss)
+    loss.backward()
+    assert watch.fine(net)
+    assert watch.loss() == loss.item()
+    watch.take(loss * math.inf)
+    assert not watch.fine(net)
+    watch.take(loss)
+    net.fc.requires_grad_(False)
+    net.layer2[0].bn3.register_forward_hook(lambda module, inputs, output: NanBackward.apply(output))
+    loss = next(losses(net))
+    loss.backward()
+    assert not watch.fine(net)  # one wrong number in the last stage has spread to the first convolution
+    assert Watch(torch.device("cpu"), gradients=False).fine(net)
+
+
+def test_the_error_says_what_a_person_needs():
+    text = str(
+        not_finite(
+            "in the output of layer2.0.conv3",
+            loss=math.nan,
+            epoch=3,
+            step=7,
+            lr=0.12345,
+            names=[f"cat/{number}.jpg" for number in range(32)],
+            checkpoint=Path("runs/1/checkpoints/step-000000020.pt"),
+        )
+    )
+    for part in (
+        "the loss is nan in step 7 of epoch 3",
+        "layer2.0.conv3",
+        "cat/0.jpg, cat/1.jpg",
+        "and 24 more",
+        "--lr (now 0.123)",
+        "step-000000020.pt",
+    ):
+        assert part in text
+    quiet = not_finite("", loss=2.0, epoch=1, step=1, lr=1.0, names=["a"], checkpoint=None)
+    assert "the gradients are not finite in step 1 of epoch 1" in str(quiet)
+    assert "no state was saved before it" in str(quiet)
+
+
+def caught(call) -> Exception:
+    with pytest.raises(Exception) as raised:  # noqa: PT011 - whatever it is
+        call()
+    return raised.value
+
+
+def test_errors_of_memory_are_told_from_others():
+    assert out_of_memory(caught(partial(torch.empty, 10**15)))
+    assert out_of_memory(caught(partial(bytearray, 10**15)))
+    assert out_of_memory(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"))
+    assert not out_of_memory(caught(lambda: torch.ones(2) + torch.ones(3)))
+    assert not out_of_memory(OSError("not enough memory"))
+
+
+def test_memory_in_use_is_that_of_the_process():
+    held = torch.ones(50_000_000)
+    status = Path("/proc/self/status").read_text()
+    peak = next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+    after = memory_in_use(torch.device("cpu"))
+    assert after == pytest.approx(peak, rel=0.05)
+    assert after > held.nbytes
