@@ -11,13 +11,17 @@ import pytest
 from isthmus.data import sources
 from isthmus.data.order import stratified_folds, stratified_split
 from isthmus.data.pictures import Pictures
-from isthmus.data.sources import DataSet, csv, elpv, elpv_pictures, folder, list_pictures, open_data
+from isthmus.data.sources import DataSet, elpv_pictures, list_pictures, open_data
 from isthmus.errors import DataError, MissingExtraError
 from small_runs import paths
 
 
+def opened(root: Path, **options) -> DataSet:
+    return open_data(str(root), **options)
+
+
 def test_folder_of_classes_is_split_by_class(make):
-    data = folder(make("pets", {"cat10": 8, "cat2": 4, "Ant": 4}))
+    data = opened(make("pets", {"cat10": 8, "cat2": 4, "Ant": 4}))
     assert data.classes == ("Ant", "cat2", "cat10")
     assert data.train.counts() == {"Ant": 3, "cat2": 3, "cat10": 6}
     assert data.val.counts() == {"Ant": 1, "cat2": 1, "cat10": 2}
@@ -29,9 +33,9 @@ def test_folder_of_classes_is_split_by_class(make):
 
 def test_seed_and_fraction_decide_the_split(make):
     root = make("pets", {"a": 10, "b": 10})
-    assert folder(root, seed=1) == folder(root, seed=1)
-    assert folder(root, seed=1) != folder(root, seed=2)
-    assert len(folder(root, val_fraction=0.5).val) == 10
+    assert opened(root, seed=1) == opened(root, seed=1)
+    assert opened(root, seed=1) != opened(root, seed=2)
+    assert len(opened(root, val_fraction=0.5).val) == 10
 
 
 def test_pictures_are_found_at_any_depth_in_natural_order(make, tmp_path: Path):
@@ -43,7 +47,7 @@ def test_pictures_are_found_at_any_depth_in_natural_order(make, tmp_path: Path):
     found = list_pictures(tmp_path / "pets")
     names = [path.relative_to(tmp_path / "pets").as_posix() for path in found]
     assert names == [*(f"a/9/{place}.png" for place in range(11)), "a/10/0.png", "b/1.png", "b/A.PNG"]
-    assert len(folder(tmp_path / "pets").train) + len(folder(tmp_path / "pets").val) == 14
+    assert len(opened(tmp_path / "pets").train) + len(opened(tmp_path / "pets").val) == 14
 
 
 @pytest.mark.parametrize("name", ["val", "Valid", "validation", "test"])
@@ -57,10 +61,10 @@ def test_train_and_val_folders(make, name):
 
 def test_val_comes_before_test_and_train_alone_is_split(make):
     root = make("set/train", {"x": 4, "y": 4}).parent
-    assert len(folder(root).val) == 2
+    assert len(opened(root).val) == 2
     make("set/test", {"x": 3, "y": 3})
     make("set/val", {"x": 1, "y": 1})
-    assert {path.parent.parent.name for path in paths(folder(root).val)} == {"val"}
+    assert {path.parent.parent.name for path in paths(opened(root).val)} == {"val"}
 
 
 def test_symlinked_class_folders(make, tmp_path: Path):
@@ -68,7 +72,7 @@ def test_symlinked_class_folders(make, tmp_path: Path):
     (tmp_path / "links").mkdir()
     for name in ("a", "b"):
         (tmp_path / "links" / name).symlink_to(real / name)
-    assert folder(tmp_path / "links").classes == ("a", "b")
+    assert opened(tmp_path / "links").classes == ("a", "b")
 
 
 @pytest.mark.parametrize(
@@ -100,14 +104,14 @@ def test_pictures_beside_class_folders(make, tmp_path: Path):
     root = make("set", {"a": 2, "b": 2})
     (root / "a/0.png").rename(root / "loose.png")
     with pytest.raises(DataError, match=r"1 pictures beside its class folders \(loose.png\)"):
-        folder(root)
+        opened(root)
 
 
 def test_train_and_val_of_different_classes(make):
     root = make("set/train", {"x": 2, "y": 2}).parent
     make("set/val", {"x": 2, "z": 2})
     with pytest.raises(DataError, match=r"only in train: \['y'\]; only in val: \['z'\]"):
-        folder(root)
+        opened(root)
 
 
 def table(tmp_path: Path, text: str) -> str:
@@ -128,7 +132,7 @@ def test_csv(tmp_path: Path):
 
 def test_csv_with_its_own_split(tmp_path: Path):
     rows = "split,label,path\ntrain,a,one.png\nval,a,two.png\ntrain,b,three.png\nval,b,four.png\n"
-    data = csv(table(tmp_path, rows))
+    data = open_data(table(tmp_path, rows))
     assert [path.name for path in paths(data.train)] == ["one.png", "three.png"]
     assert [path.name for path in paths(data.val)] == ["two.png", "four.png"]
     assert data.val.labels.tolist() == [0, 1]
@@ -186,7 +190,7 @@ def test_elpv_split():
     assert (len(data.train), len(data.val)) == (1968, 656)
     assert data.val.counts() == {"defective": 205, "functional": 451}
     assert not set(paths(data.train)) & set(paths(data.val))
-    undivided, first = open_data("elpv"), elpv(0)
+    undivided, first = open_data("elpv"), open_data("elpv:0")
     assert (undivided.train, undivided.val) == (first.train, first.val)
     assert len(open_data("elpv", val_fraction=0.1, seed=5).val) == 262
 
@@ -218,8 +222,8 @@ def test_elpv_is_not_imported_and_data_not_by_the_package():
     code = (
         "import sys, isthmus\n"
         "assert not {'torch', 'PIL', 'numpy', 'isthmus.data.sources'} & set(sys.modules)\n"
-        "from isthmus.data.sources import elpv\n"
-        "elpv(0)\n"
+        "from isthmus.data.sources import open_data\n"
+        "open_data('elpv:0')\n"
         "assert 'elpv_dataset' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)

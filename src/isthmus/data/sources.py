@@ -1,35 +1,33 @@
-"""Where labelled pictures come from: class folders, a CSV table, the ELPV demo set."""
+"""Where labelled pictures come from: class folders, tables, shards, Hugging Face data sets, the demo set."""
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from csv import DictReader
 from csv import Error as CsvError
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
+from isthmus.data.decode import extensions
+from isthmus.data.hf_datasets import is_saved, open_splits, rows_of
 from isthmus.data.order import stratified_split
 from isthmus.data.pictures import Files, Names, Pictures, Store, natural
-from isthmus.data.transform import extensions
+from isthmus.data.shards import Shards, open_shards
 from isthmus.errors import DataError, MissingExtraError
 
-__all__ = [
-    "DataSet",
-    "csv",
-    "elpv",
-    "elpv_pictures",
-    "folder",
-    "list_pictures",
-    "open_data",
-    "open_pictures",
-]
+__all__ = ["DataSet", "elpv_pictures", "list_pictures", "open_data", "open_pictures", "open_sides"]
 
-_VAL_FOLDERS = ("val", "valid", "validation", "test")  # the first that exists validates
+VAL_NAMES = ("val", "valid", "validation", "test")  # the first that there is validates
 _ELPV_SPLITS = Path(__file__).with_name("elpv_splits.json")
+
+Sides = tuple[Pictures, Pictures | None]
+"""Pictures to train on and to validate on; all of them and None where a source comes undivided."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,60 +58,97 @@ class DataSet:
 
 
 def open_data(ref: str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
-    """The data set that a user names: "elpv", "elpv:3" (its split 3), a .csv file, or a folder (./elpv, if need be).
+    """The data set that a user names.
 
-    A source that comes undivided is split by class: `val_fraction` of each class validates, `seed` says which.
-    Raises DataError saying what is wrong with it and how to mend it.
+    A folder of class folders, or of train and val (valid, validation, test) folders that hold these; a .csv table; tar
+    shards in a folder, at an address or by name (`open_shards`); a folder of Parquet files or of a saved Hugging Face
+    data set; one by name, "hf:NAME" or "hf:NAME:SPLIT"; the demo set, "elpv" or "elpv:3" (its split 3). A source that
+    comes undivided is split by class: `val_fraction` of each class validates, `seed` says which.
+    Raises DataError saying what is wrong with it and how to mend it, MissingExtraError for a library that is missing.
     """
-    name, _, split = ref.partition(":")
-    if name == "elpv" and split:
-        return elpv(int(split) if split.isdecimal() else -1, name=ref)
-    if name == "elpv":
-        return _divided(ref, elpv_pictures(), val_fraction, seed)
-    opener = csv if ref.lower().endswith(".csv") else folder
-    return opener(Path(ref).expanduser(), val_fraction=val_fraction, seed=seed)
+    train, val = open_sides(ref)
+    if val is None:
+        return _divided(ref, train, val_fraction, seed)
+    both, cut = train + val, len(train)  # under one list of classes, so that a class on one side only is seen as such
+    return DataSet(name=ref, train=both.subset(range(cut)), val=both.subset(range(cut, len(both))))
 
 
 def open_pictures(ref: str) -> Pictures:
     """Every labelled picture of what `open_data` takes, undivided: also of a single class, and one of a class."""
+    train, val = open_sides(ref)
+    return train if val is None else train + val
+
+
+def open_sides(ref: str) -> Sides:
+    """The pictures of what `open_data` takes: to train on and to validate on, or all and None where undivided."""
     if ref.partition(":")[0] == "elpv":
-        return elpv_pictures()
+        return _elpv(ref)
+    if ref.startswith("hf:"):
+        return _hf_sides(ref, *ref.removeprefix("hf:").split(":", 1))
+    if "://" in ref or ref.endswith(".tar"):
+        return _shard_sides(open_shards(ref))
     path = Path(ref).expanduser()
     if ref.lower().endswith(".csv"):
-        return _csv_rows(path)[0]
-    train, val = _train_and_val(path)
-    return _class_folders(train) + _class_folders(val) if val else _class_folders(train)
+        return _csv_sides(path)
+    if any(next(path.glob(pattern), None) for pattern in ("*.tar", "[Tt]rain/*.tar")):
+        return _shard_sides(open_shards(str(path)))
+    if is_saved(path):
+        return _hf_sides(ref, str(path))
+    return _folder_sides(path)
 
 
-def _train_and_val(root: Path) -> tuple[Path, Path | None]:
-    """The folders that hold the class folders of each side; the second is None where they are not divided."""
-    inner = {path.name.casefold(): path for path in _folders(root)}
-    if "train" not in inner:
-        return root, None
-    return inner["train"], next((inner[name] for name in _VAL_FOLDERS if name in inner), None)
+def _train_and_val(names: Iterable[str]) -> tuple[str | None, str | None]:
+    """Which of the names of parts (folders, shards, splits) stand for the two sides; None where there is no such."""
+    known = set(names)
+    return "train" if "train" in known else None, next((name for name in VAL_NAMES if name in known), None)
 
 
-def folder(root: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
+def _folder_sides(root: Path) -> Sides:
     """A folder with a folder for each class; or with `train` and `val` (valid, validation, test) that hold these.
 
     Pictures may lie at any depth below their class; hidden files and other files are left out.
     """
-    train, val = _train_and_val(Path(root))
-    if val is None:
-        return _divided(str(root), _class_folders(train), val_fraction, seed)
-    return _paired(str(root), _class_folders(train), _class_folders(val))
+    inner = {path.name.casefold(): path for path in _folders(root)}
+    train, val = _train_and_val(inner)
+    if train is None:
+        return _class_folders(root), None
+    return _class_folders(inner[train]), None if val is None else _class_folders(inner[val])
 
 
-def csv(path: Path | str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet:
+def _shard_sides(pictures: Pictures) -> Sides:
+    """The sides that the names of shards tell: train-000.tar and val-000.tar, or folders of these names."""
+    store = cast("Shards", pictures.store)
+    words = [re.split(r"[^a-z]+", name.casefold()) for name in store.names]
+    train, val = _train_and_val(chain.from_iterable(words))
+    if train is None:
+        return pictures, None
+    shards = store.shards_of(pictures.places)
+    side = {name: np.array([name in each for each in words])[shards] for name in (train, val) if name}
+    rest = pictures.subset(np.flatnonzero(side[val])) if val else None
+    return pictures.subset(np.flatnonzero(side[train])), rest
+
+
+def _hf_sides(ref: str, name: str, split: str = "") -> Sides:
+    """The sides of a data set of Hugging Face's library, or one split of it."""
+    splits = open_splits(name, split)
+    train, val = _train_and_val(splits)
+    if train is None and len(splits) == 1:
+        train, val = next(iter(splits)), None
+    if train is None:
+        raise DataError(f"{ref} has the splits {', '.join(splits)} and none called train; name one: hf:NAME:SPLIT")
+    return rows_of(splits[train], ref), None if val is None else rows_of(splits[val], ref)
+
+
+def _csv_sides(path: Path) -> Sides:
     """A table with the columns path, label and, where it is divided already, split (train or val) in its first line.
 
     Paths are relative to the table's folder. Raises DataError naming the file and line of what does not fit.
     """
-    pictures, sides = _csv_rows(Path(path))
+    pictures, sides = _csv_rows(path)
     if not sides:
-        return _divided(str(path), pictures, val_fraction, seed)
+        return pictures, None
     train, val = ([index for index, side in enumerate(sides) if side == name] for name in ("train", "val"))
-    return DataSet(name=str(path), train=pictures.subset(train), val=pictures.subset(val))
+    return pictures.subset(train), pictures.subset(val)
 
 
 def _csv_rows(path: Path) -> tuple[Pictures, list[str]]:
@@ -147,18 +182,20 @@ def _csv_rows(path: Path) -> tuple[Pictures, list[str]]:
     return pictures, [row["split"] for _, row in rows] if "split" in columns else []
 
 
-def elpv(split: int = 0, *, name: str | None = None) -> DataSet:
-    """The ELPV solar cells (Buerhop-Lutz et al. 2018) in one of ten listed 75/25 splits, stratified by class.
+def _elpv(ref: str) -> Sides:
+    """The ELPV solar cells (Buerhop-Lutz et al. 2018), whole or in one of ten listed 75/25 splits, stratified by class.
 
     `elpv_splits.json` lists the test places of each; split s is what `stratified_split` makes of seed s.
     """
+    _, colon, split = ref.partition(":")
+    if not colon:
+        return elpv_pictures(), None
     listed: list[list[int]] = json.loads(_ELPV_SPLITS.read_text())["test"]
-    if not 0 <= split < len(listed):
+    if not (split.isdecimal() and int(split) < len(listed)):
         raise DataError(f"elpv has the splits 0..{len(listed) - 1}; elpv:0 is the first one")
     pictures = elpv_pictures()
-    val = set(listed[split])
-    train = [index for index in range(len(pictures)) if index not in val]
-    return DataSet(name=name or f"elpv:{split}", train=pictures.subset(train), val=pictures.subset(listed[split]))
+    val = np.array(listed[int(split)])
+    return pictures.subset(np.setdiff1d(np.arange(len(pictures)), val)), pictures.subset(val)
 
 
 def elpv_pictures() -> Pictures:
@@ -210,12 +247,6 @@ def _divided(name: str, pictures: Pictures, fraction: float, seed: int) -> DataS
     return DataSet(name=name, train=pictures.subset(train), val=pictures.subset(val))
 
 
-def _paired(name: str, train: Pictures, val: Pictures) -> DataSet:
-    """Both sides under one list of classes, so that a class on one side only is seen as such."""
-    both, cut = train + val, len(train)
-    return DataSet(name=name, train=both.subset(range(cut)), val=both.subset(range(cut, len(both))))
-
-
 def _class_folders(root: Path) -> Pictures:
     loose = [path for path in root.iterdir() if path.is_file() and _is_picture(path.name)]
     classes = sorted((path.name for path in _folders(root)), key=natural)
@@ -236,7 +267,7 @@ def _class_folders(root: Path) -> Pictures:
 def _folders(root: Path) -> list[Path]:
     if not root.is_dir():
         found = "is a file" if root.exists() else "does not exist"
-        raise DataError(f"{root} {found}; name a folder of class folders, a .csv table, or elpv")
+        raise DataError(f"{root} {found}; name a folder of pictures or shards, a .csv table, hf:NAME, or elpv")
     return [path for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")]
 
 
