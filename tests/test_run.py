@@ -15,12 +15,14 @@ from sklearn.metrics import balanced_accuracy_score
 
 import isthmus
 from isthmus.data.augment import Augment
+from isthmus.data.decode import decode
 from isthmus.data.sources import DataSet, open_data
-from isthmus.data.transform import decode, evaluation_transform, normalise
+from isthmus.data.transform import evaluation_transform, normalise
 from isthmus.errors import DataError, IsthmusError, RecipeError, RunError, SpecError, WeightsError
 from isthmus.nn.fold import fold
 from isthmus.run import evaluate, fit, predict
-from isthmus.train.recipe import Recipe, recipe
+from isthmus.train.recipe import Recipe
+from isthmus.train.recipes import recipe
 from isthmus.train.reporter import Reporter
 from isthmus.weights.files import WRITERS
 from isthmus.weights.source import open_source

@@ -10,11 +10,12 @@ import torch
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.augment import Augment, augmented
+from isthmus.data.decode import decode
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.order import permutation, sample_generator
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import list_pictures
-from isthmus.data.transform import decode, evaluation_transform
+from isthmus.data.transform import evaluation_transform
 from isthmus.errors import DataError
 from small_runs import paths
 

@@ -7,8 +7,9 @@ import torch
 
 import isthmus
 from isthmus.arch.spec import HeadSpec
+from isthmus.data.decode import decode
 from isthmus.data.pictures import Pictures
-from isthmus.data.transform import decode, evaluation_transform, normalise
+from isthmus.data.transform import evaluation_transform, normalise
 from isthmus.errors import DataError
 from isthmus.evaluation.inference import Inference
 from isthmus.train import features

@@ -11,8 +11,9 @@ from sklearn.utils.class_weight import compute_class_weight
 
 import isthmus
 from isthmus.data.augment import Augment, augmented
+from isthmus.data.decode import decode
 from isthmus.data.order import permutation, sample_generator
-from isthmus.data.transform import decode, normalise
+from isthmus.data.transform import normalise
 from isthmus.errors import RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.train.checkpoint import load_state, save_state
@@ -80,7 +81,7 @@ def train(data, here, tmp_path):
     def call(name="run", recipe=RECIPE, reporter=None, *, resume=False, net=None):
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        found = train_network(net or fresh(), data, recipe, here, folder, reporter or Reporter(), resume=resume)
+        found, _ = train_network(net or fresh(), data, recipe, here, folder, reporter or Reporter(), resume=resume)
         return folder, found
 
     return call

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from isthmus import records
 from isthmus.arch.preprocess import Preprocess
+from isthmus.data.decode import Pixels, pixels_of
 from isthmus.data.policies import rand_augment, trivial_augment
-from isthmus.data.transform import Box, centred, channels_first, cut_out, pixels_of
+from isthmus.data.transform import Box, centred, channels_first, cut_out, mirrored
 from isthmus.errors import RecipeError
 
 __all__ = ["VIEWS", "Augment", "altered", "augmented", "random_box", "views"]
@@ -70,31 +70,31 @@ class Augment:
 def random_box(width: int, height: int, scale: tuple[float, ...], random: np.random.Generator) -> Box:
     """A part of the picture with its area in `scale` and its sides between 3:4 and 4:3 where the picture allows.
 
-    Ten tries, then the largest centred part of an allowed shape, as torchvision's RandomResizedCrop; but box edges
-    may fall inside a pixel, as the resampling that follows needs no whole ones.
+    Whole pixels, ten tries, then the largest centred part of an allowed shape: torchvision's RandomResizedCrop.
     """
     for _ in range(10):
         area = random.uniform(scale[0], scale[1]) * width * height
         ratio = math.exp(random.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))
-        wide, high = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if wide <= width and high <= height:
-            left, top = random.uniform(0, width - wide), random.uniform(0, height - high)
-            return left, top, min(left + wide, width), min(top + high, height)
-    wide, high = min(width, height * _RATIO[1]), min(height, width / _RATIO[0])
-    left, top = (width - wide) / 2, (height - high) / 2
+        wide, high = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < wide <= width and 0 < high <= height:
+            left, top = int(random.integers(width - wide + 1)), int(random.integers(height - high + 1))
+            return left, top, left + wide, top + high
+    wide, high = min(width, round(height * _RATIO[1])), min(height, round(width / _RATIO[0]))
+    left, top = (width - wide) // 2, (height - high) // 2
     return left, top, left + wide, top + high
 
 
-def augmented(image: Image.Image, augment: Augment, record: Preprocess, random: np.random.Generator) -> Tensor:
-    """One picture as training sees it: uint8 (C, crop, crop), memory in order (crop, crop, C)."""
+def augmented(pixels: Pixels, augment: Augment, record: Preprocess, random: np.random.Generator) -> Tensor:
+    """One picture (H, W, C) as training sees it: uint8 (C, crop, crop), memory in order (crop, crop, C)."""
     if augment.crop_scale:
-        square = cut_out(image, random_box(*image.size, augment.crop_scale, random), record)
+        height, width, _ = pixels.shape
+        square = cut_out(pixels, random_box(width, height, augment.crop_scale, random), record)
     else:
-        square = centred(image, record)
-    return altered(pixels_of(square), augment, record, random)
+        square = centred(pixels, record)
+    return altered(square, augment, record, random)
 
 
-def altered(pixels: NDArray[np.uint8], augment: Augment, record: Preprocess, random: np.random.Generator) -> Tensor:
+def altered(pixels: Pixels, augment: Augment, record: Preprocess, random: np.random.Generator) -> Tensor:
     """What training does to the pixels (crop, crop, C) of a crop: shift, flips, turn, policy, erasing.
 
     Gives uint8 (C, crop, crop), memory in order (crop, crop, C).
@@ -103,7 +103,7 @@ def altered(pixels: NDArray[np.uint8], augment: Augment, record: Preprocess, ran
     if augment.pad:
         pixels = shifted(pixels, augment.pad, mean, random)
     if augment.hflip and random.random() < 0.5:
-        pixels = pixels[:, ::-1]
+        pixels = mirrored(pixels)
     if augment.vflip and random.random() < 0.5:
         pixels = pixels[::-1]
     if augment.rotate90:
@@ -121,9 +121,7 @@ def mean_colour(record: Preprocess) -> tuple[int, ...]:
     return tuple(round(255 * value) for value in mean)
 
 
-def shifted(
-    pixels: NDArray[np.uint8], pad: int, fill: tuple[int, ...], random: np.random.Generator
-) -> NDArray[np.uint8]:
+def shifted(pixels: Pixels, pad: int, fill: tuple[int, ...], random: np.random.Generator) -> Pixels:
     """The picture padded on each side, and a part of its former size cut out anywhere (He et al. 2015, §4.2)."""
     height, width, channels = pixels.shape
     padded = np.full((height + 2 * pad, width + 2 * pad, channels), fill, np.uint8)
@@ -132,9 +130,7 @@ def shifted(
     return padded[top : top + height, left : left + width]
 
 
-def under_policy(
-    pixels: NDArray[np.uint8], augment: Augment, record: Preprocess, random: np.random.Generator
-) -> NDArray[np.uint8]:
+def under_policy(pixels: Pixels, augment: Augment, record: Preprocess, random: np.random.Generator) -> Pixels:
     """The pixels after the policy; from outside comes the mean colour as in timm, or black as in torchvision."""
     image = Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else np.ascontiguousarray(pixels))
     look = {"resample": Image.Resampling[record.interpolation.upper()]}
@@ -154,7 +150,7 @@ def under_policy(
     )
 
 
-def erased(pixels: NDArray[np.uint8], fill: tuple[int, ...], random: np.random.Generator) -> NDArray[np.uint8]:
+def erased(pixels: Pixels, fill: tuple[int, ...], random: np.random.Generator) -> Pixels:
     """The picture with a filled rectangle (Zhong et al. 2017); ten tries to fit one in, then as it is."""
     height, width = pixels.shape[:2]
     for _ in range(10):

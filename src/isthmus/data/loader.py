@@ -13,9 +13,10 @@ from torch import Tensor
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.augment import Augment, augmented
+from isthmus.data.decode import decode
 from isthmus.data.order import permutation, sample_generator
 from isthmus.data.pictures import Pictures
-from isthmus.data.transform import decode, evaluation_transform
+from isthmus.data.transform import evaluation_transform
 from isthmus.errors import DataError
 from isthmus.runtime import cores
 

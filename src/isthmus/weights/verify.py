@@ -9,8 +9,9 @@ from torch import Tensor
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import NetSpec
+from isthmus.data.decode import decode
 from isthmus.data.sources import list_pictures
-from isthmus.data.transform import decode, evaluation_transform, normalise
+from isthmus.data.transform import evaluation_transform, normalise
 from isthmus.errors import WeightsError
 from isthmus.weights.compare import Agreement, TensorComparison, agreement, compare_logits, compare_tensors, pictures
 from isthmus.weights.load import read_network

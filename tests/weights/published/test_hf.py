@@ -165,7 +165,7 @@ def photo(width: int, height: int) -> Image.Image:
 
 
 def seen_by_us(record: Preprocess, image: Image.Image) -> torch.Tensor:
-    return normalise(evaluation_transform(record)(image)[None], record)
+    return normalise(evaluation_transform(record)(np.asarray(image))[None], record)
 
 
 def steps_apart(record: Preprocess, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
