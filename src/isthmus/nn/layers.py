@@ -160,7 +160,12 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, *size) to the same shape."""
-        if not self.training:
-            return x
-        kept = x.new_empty((x.shape[0], *(1,) * (x.ndim - 1))).bernoulli_(1 - self.rate)
+        return self.scaled(x, self.kept(x)) if self.training else x
+
+    def kept(self, x: Tensor) -> Tensor:
+        """Who keeps the branch this time: ones and zeros (N, 1, …)."""
+        return x.new_empty((x.shape[0], *(1,) * (x.ndim - 1))).bernoulli_(1 - self.rate)
+
+    def scaled(self, x: Tensor, kept: Tensor) -> Tensor:
+        """The branch of those who keep it, so much larger that the mean stays."""
         return x * kept / (1 - self.rate)

@@ -6,12 +6,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from isthmus.arch.memory import Memory, stem_steps
 from isthmus.arch.plan import Plan, PlannedBlock
 from isthmus.arch.preprocess import IMAGENET, Preprocess
 from isthmus.errors import SpecError
 from isthmus.nn.block import BLOCKS, make_shortcut
 from isthmus.nn.init import initialise
 from isthmus.nn.layers import add_layer, make_layer
+from isthmus.nn.memory import in_memory
 
 __all__ = ["ResNet", "make_head"]
 
@@ -44,6 +46,7 @@ class ResNet(nn.Module):
         self.preprocess: Preprocess = IMAGENET
         self.classes: tuple[str, ...] = ()
         self.frozen: tuple[str, ...] = ()
+        self.memory: Memory = "plain"
         spec = plan.spec
         made: dict[str, Any] = {
             "dims": spec.dims,
@@ -81,7 +84,9 @@ class ResNet(nn.Module):
             raise SpecError(f"there is no feature {unknown[0]!r}; known: {', '.join(known[begin:])}")
         end = max(known.index(name) for name in names) if names else -1
         maps: dict[str, Tensor] = {}
-        if not begin:
+        if not begin and end > 0 and "stem" not in names:
+            x = self.stem(x)
+        elif not begin:
             x = self.act1(self.bn1(self.conv1(x)))
             if "stem" in names:
                 maps["stem"] = x
@@ -94,6 +99,17 @@ class ResNet(nn.Module):
         if "last" in names:
             maps["last"] = self.act(self.norm(x)) if self.spec.preact else x
         return maps
+
+    def stem(self, x: Tensor) -> Tensor:
+        """The map before the first stage."""
+        inside = (self.conv1, self.bn1, self.act1, self.maxpool)
+
+        def call(x: Tensor) -> Tensor:
+            for module in inside:
+                x = module(x)
+            return x
+
+        return in_memory(self.memory, call, x, parent=self, inside=inside, steps=stem_steps(self.plan.stem))
 
     def pooled(self, x: Tensor, *, after: str = "", known: Mapping[str, Tensor] | None = None) -> Tensor:
         """What the classifier sees: (N, plan.num_features).
