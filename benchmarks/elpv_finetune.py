@@ -11,7 +11,8 @@ from pathlib import Path
 from isthmus.data.order import stratified_folds
 from isthmus.data.sources import DataSet, elpv_pictures
 from isthmus.run import fit
-from isthmus.train.recipe import override, recipe
+from isthmus.train.recipe import override
+from isthmus.train.recipes import recipe
 from measure import interval, write_result
 
 FOLDS = 5

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 from isthmus.run import fit
-from isthmus.train.recipe import recipe
+from isthmus.train.recipes import recipe
 from measure import interval, write_result
 
 SPLITS = range(10)

@@ -145,6 +145,10 @@ def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
         net = create(recipe.arch, num_classes=len(classes))
         if recipe.weights:
             load_weights(net, recipe.weights, head="new")
+    if recipe.drop_path:
+        same = create(replace(net.spec, drop_path=recipe.drop_path))
+        same.load_state_dict(net.state_dict())
+        same.preprocess, net = net.preprocess, same
     net.preprocess = adapted(net.preprocess, recipe)
     net.classes = classes
     freeze(net, recipe.freeze)  # here already, so that an unknown name is found before anything is written

@@ -6,7 +6,8 @@ import pytest
 
 from isthmus.data.augment import Augment
 from isthmus.errors import RecipeError
-from isthmus.train.recipe import RECIPES, Recipe, override, recipe
+from isthmus.train.recipe import Recipe, override
+from isthmus.train.recipes import RECIPES, recipe
 
 START = {"data": "pictures", "weights": "demo"}
 
@@ -51,6 +52,7 @@ def test_every_setting_survives_toml(tmp_path):
         clip_norm=1.0,
         loss="bce",
         label_smoothing=0.1,
+        drop_path=0.1,
         balance="weights",
         train_norm=True,
         sync_norm=True,
@@ -103,6 +105,7 @@ def test_every_setting_survives_toml(tmp_path):
         ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
         ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"drop_path": 1.0}, "drop_path is 1.0; it must lie in [0, 1)"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"ema": -0.5}, "ema is -0.5"),
         ({"head": "deep"}, "head is 'deep'; it must be one of chosen, linear"),
@@ -187,7 +190,9 @@ def test_a_file_that_is_missing_or_no_text(tmp_path):
 
 
 def test_names_of_the_table():
-    with pytest.raises(RecipeError, match="there is no recipe 'magic'; known: probe, linear-probe, finetune, scratch"):
+    with pytest.raises(
+        RecipeError, match="there is no recipe 'magic'; known: probe, linear-probe, finetune, scratch, he-90"
+    ):
         recipe("magic", **START)
     with pytest.raises(RecipeError, match="recipe probe: got an unexpected keyword argument 'speed'"):
         recipe("probe", **START, speed=3)

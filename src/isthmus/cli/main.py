@@ -21,6 +21,12 @@ COMMANDS = (
     (app, "models", "paper:models", "List the networks of the table with their cost."),
     (app, "plan", "paper:plan", "Show what a network costs and whether its strip pays, before a line of torch runs."),
     (app, "train", "work:train", "Train a network on your pictures and leave a run folder."),
+    (
+        app,
+        "recipes",
+        "recipes:recipes",
+        "List the named recipes, where they are from and the accuracy that is reported of them there.",
+    ),
     (app, "eval", "work:evaluate", "Measure a run on its validation pictures, or on other labelled pictures."),
     (app, "predict", "work:predict", "Tell the classes of pictures."),
     (weights, "inspect", "weights:inspect", "Show what a weight file holds and what looks wrong with it."),

@@ -50,7 +50,7 @@ def train(
         What stays as it is: trunk (the default: features are computed once and a head is trained on them), stem,
         layer1 and so on up to that stage, or none.
     recipe
-        probe, linear-probe, finetune, scratch, or a TOML file; the other options change single settings of it.
+        A name from `isthmus recipes`, or a TOML file; the other options change single settings of it.
     out
         The run folder; the next free number under runs/ unless given.
     resume
@@ -74,8 +74,9 @@ def train(
     """
     from isthmus.report.terminal import TerminalReporter
     from isthmus.run import RECIPE, fit
-    from isthmus.train import recipe as recipes
     from isthmus.train.loop import Interrupted
+    from isthmus.train.recipe import Recipe, gradient_only, override
+    from isthmus.train.recipes import recipe as named_recipe
 
     given: dict[str, Any] = {
         "data": data,
@@ -94,17 +95,17 @@ def train(
     if resume is not None:
         if given or settings or recipe or out:
             raise RecipeError("--resume goes on with the run's own recipe; leave the other options out")
-        chosen = recipes.Recipe.from_file(resume / RECIPE)
+        chosen = Recipe.from_file(resume / RECIPE)
     elif recipe is not None and recipe.endswith(".toml"):
-        chosen = replace(recipes.Recipe.from_file(Path(recipe)), **given)
+        chosen = replace(Recipe.from_file(Path(recipe)), **given)
     else:
         if "data" not in given:
             raise RecipeError("--data is missing: a folder of class folders, a .csv file, or elpv")
         usual = "scratch" if weights is None else "finetune" if freeze not in (None, "trunk") else "probe"
-        chosen = recipes.recipe(recipe or usual, **given)
-    chosen = recipes.override(chosen, settings)
+        chosen = named_recipe(recipe or usual, **given)
+    chosen = override(chosen, settings)
     named = {*given, *(setting.partition("=")[0].partition(".")[0].strip() for setting in settings)}
-    if chosen.freeze == "trunk" and (idle := sorted(named & recipes.gradient_only())):
+    if chosen.freeze == "trunk" and (idle := sorted(named & gradient_only())):
         raise RecipeError(f"{idle[0]} does nothing with a frozen trunk; add --freeze none, or leave it out")
     with TerminalReporter() as reporter:
         try:

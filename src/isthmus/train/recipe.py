@@ -1,17 +1,17 @@
-"""Everything that decides a training run, in one frozen record, and the named recipes as a table."""
+"""Everything that decides a training run, in one frozen record."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from isthmus import records
 from isthmus.arch.preprocess import View
 from isthmus.data.augment import Augment
 from isthmus.errors import RecipeError
 
-__all__ = ["RECIPES", "Recipe", "recipe"]
+__all__ = ["Recipe", "gradient_only", "override"]
 
 
 Range = tuple[str, Callable[[float], bool]]
@@ -24,7 +24,7 @@ RANGES: dict[str, Range] = {
     "val_fraction": ("lie between 0 and 1", lambda value: 0 < value < 1),
     "seed": ("lie in 0..2**63 - 1", lambda value: 0 <= value < 2**63),
     **dict.fromkeys(("crop_part", "layer_decay"), FACTOR),
-    **dict.fromkeys(("momentum", "label_smoothing", "ema"), PART),
+    **dict.fromkeys(("momentum", "label_smoothing", "drop_path", "ema"), PART),
     **dict.fromkeys(("image_size", "train_size", "start_size", "micro_batch", "save_every"), FROM_0),
     **dict.fromkeys(("weight_decay", "warmup_epochs", "clip_norm", "unfreeze_epochs"), FROM_0),
     **dict.fromkeys(("epochs", "batch_size", "ema_every"), FROM_1),
@@ -70,6 +70,7 @@ class Recipe:
     clip_norm: float = 0.0  # the gradient's norm is cut to it; 0: it is not
     loss: Literal["ce", "bce"] = "ce"
     label_smoothing: float = 0.0
+    drop_path: float = 0.0  # of the last block (stochastic depth, Huang et al. 2016); 0: as the network's spec says
     balance: Literal["none", "weights", "sampling"] = "none"  # classes count alike in the loss, or come equally often
     train_norm: bool = False  # batch-norm statistics move
     sync_norm: bool = False  # and are those of the batches of all processes
@@ -129,42 +130,10 @@ class Recipe:
             raise RecipeError(f"{path}: {error}") from error
 
 
-RECIPES: dict[str, dict[str, Any]] = {
-    # A small MLP on pooled maps of the stages that an inner cross-validation prefers.
-    "probe": {"freeze": "trunk"},
-    # The usual yardstick of frozen features (Alain & Bengio 2016): one linear layer on the last pooled map.
-    "linear-probe": {"freeze": "trunk", "head": "linear", "views": ("identity",)},
-    # All layers, from the head that suits the frozen trunk (Kumar et al. 2022), statistics of batch norm kept. The
-    # pictures are whole, as that head knows them: on crops of the solar cells its loss is three times as high.
-    "finetune": {
-        "freeze": "none",
-        "augment": Augment(crop_scale=()),
-        "epochs": 5,
-        "optimizer": "adamw",
-        "lr": 2e-5,
-        "weight_decay": 0.02,
-        "label_smoothing": 0.05,
-        "ema": 0.99,
-    },
-    # A new network on few pictures: higher rate, longer, statistics learned (He et al. 2015 §3.4).
-    "scratch": {"freeze": "none", "train_norm": True, "epochs": 90, "lr": 0.1, "warmup_epochs": 5.0},
-}
-
-
 def gradient_only() -> set[str]:
     """Settings without a meaning where the trunk is frozen and its features are computed once."""
     names = [field.name for field in fields(Recipe)]
     return set(names[names.index("augment") : names.index("name")]) - {"batch_size", "precision"}
-
-
-def recipe(name: str, **settings: Any) -> Recipe:
-    """A named recipe with some settings of one's own; raises RecipeError."""
-    if name not in RECIPES:
-        raise RecipeError(f"there is no recipe {name!r}; known: {', '.join(RECIPES)}")
-    try:
-        return Recipe(**({"name": name} | RECIPES[name] | settings))
-    except TypeError as error:
-        raise RecipeError(f"recipe {name}: {str(error).partition('() ')[2]}") from error
 
 
 def override(base: Recipe, settings: tuple[str, ...]) -> Recipe:
