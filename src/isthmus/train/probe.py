@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from isthmus.arch.spec import HeadSpec
 from isthmus.data.order import stratified_folds
 from isthmus.evaluation.metrics import Tally
-from isthmus.train.optim import learning_rate
+from isthmus.train.schedule import learning_rate
 
 __all__ = ["LINEAR", "Choice", "Features", "FittedHead", "Probe", "candidates", "choose", "fit_head"]
 
