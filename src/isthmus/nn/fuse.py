@@ -38,7 +38,7 @@ def fast_form(net: ResNet, names: Sequence[str], device: torch.device, dtype: to
         form.add_module(stage, nn.Identity())
     form = form.eval().requires_grad_(requires_grad=False).to(device, dtype)
     if form.spec.dims == 2:
-        form.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        form.to(memory_format=torch.channels_last)
     if form.spec.norm == "none" and not form.spec.preact and fuses(device, dtype):
         fuse(form)
     return form
