@@ -220,7 +220,8 @@ def expand_braces(pattern: str) -> list[str]:
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if numbers:
         first, last = numbers.groups()
-        width = max(len(first), len(last)) if "0" in (first[:1], last[:1]) and len(first) + len(last) > 2 else 0
+        padded = any(len(number) > 1 and number.startswith("0") for number in (first, last))
+        width = max(len(first), len(last)) if padded else 0
         step = 1 if int(first) <= int(last) else -1
         inside = [f"{number:0{width}d}" for number in range(int(first), int(last) + step, step)]
     elif "," in match[1]:

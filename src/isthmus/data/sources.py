@@ -69,8 +69,7 @@ def open_data(ref: str, *, val_fraction: float = 0.25, seed: int = 0) -> DataSet
     train, val = open_sides(ref)
     if val is None:
         return _divided(ref, train, val_fraction, seed)
-    both, cut = train + val, len(train)  # under one list of classes, so that a class on one side only is seen as such
-    return DataSet(name=ref, train=both.subset(range(cut)), val=both.subset(range(cut, len(both))))
+    return DataSet(name=ref, train=train, val=val)
 
 
 def open_pictures(ref: str) -> Pictures:
@@ -81,6 +80,14 @@ def open_pictures(ref: str) -> Pictures:
 
 def open_sides(ref: str) -> Sides:
     """The pictures of what `open_data` takes: to train on and to validate on, or all and None where undivided."""
+    train, val = _opened(ref)
+    if val is None:
+        return train, None
+    both, cut = train + val, len(train)  # under one list of classes, so that a class on one side only is seen as such
+    return both.subset(range(cut)), both.subset(range(cut, len(both)))
+
+
+def _opened(ref: str) -> Sides:
     if ref.partition(":")[0] == "elpv":
         return _elpv(ref)
     if ref.startswith("hf:"):
