@@ -98,6 +98,23 @@ def test_a_divided_step_is_the_undivided_one(parts):
             assert torch.equal(wanted, torch.cat(found))
 
 
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+@pytest.mark.parametrize("first", [0, 1, 2])
+def test_no_picture_is_mixed_with_a_copy_of_itself(repeats, first):
+    """Copies come in a row, and a step may begin among them."""
+    count = 4 * repeats
+    numbers = torch.arange(count * repeats).repeat_interleave(repeats)[first : first + count]
+    images = torch.zeros(count, 1, 4, 4) + numbers.view(-1, 1, 1, 1)
+    augment = Augment(mixup=1.0, repeats=repeats)
+    shares = mix(images, numbers, augment, classes=count * repeats, seed=0, epoch=0, step=0)[1]
+    assert ((shares > 0).sum(1) == 2).all()
+    parts = [
+        mix(half, tags, augment, classes=count * repeats, seed=0, epoch=0, step=0)[1]
+        for half, tags in zip(images.chunk(2), numbers.chunk(2), strict=True)
+    ]
+    assert torch.equal(torch.cat(parts), shares)
+
+
 def test_the_last_of_an_odd_number_stays():
     images, labels = batch(5)
     found, targets = mixed(Augment(mixup=1.0), images, labels)

@@ -20,8 +20,9 @@ def mix(
 
     `labels` are int64 (N,) or shares (N, classes). As in timm and torchvision one draw holds for the whole step, from
     Beta(alpha, alpha), and a cutmix share is the area that is left after the box is cut at the picture's edge. Partners
-    are neighbours, places 2k and 2k + 1: a step divided over processes and micro-batches gives the same pictures and
-    targets as undivided, as long as its parts are even; the last of an odd number stays as it is.
+    are neighbours, or `augment.repeats` places apart, since the copies of a picture come in a row: a step divided over
+    processes and micro-batches gives the same as undivided, as long as the sizes of its parts are multiples of twice
+    the repeats. What is left over at the end of a part stays as it is.
     """
     if not (augment.mixup or augment.cutmix):
         return images, labels
@@ -29,20 +30,21 @@ def mix(
     cuts = bool(augment.cutmix) and (not augment.mixup or random.random() < 0.5)
     alpha = augment.cutmix if cuts else augment.mixup
     share = float(random.beta(alpha, alpha))
-    paired = len(images) // 2 * 2
-    even, odd = images[:paired:2], images[1:paired:2]
+    apart = augment.repeats
+    paired = len(images) // (2 * apart) * 2 * apart
+    one, other = images[:paired].view(-1, 2, apart, *images.shape[1:]).unbind(1)
     if cuts:
         rows, columns = box(images.shape[-2], images.shape[-1], share, random)
-        kept = even[..., rows, columns].clone()
-        even[..., rows, columns] = odd[..., rows, columns]
-        odd[..., rows, columns] = kept
+        kept = one[..., rows, columns].clone()
+        one[..., rows, columns] = other[..., rows, columns]
+        other[..., rows, columns] = kept
         share = 1 - kept.shape[-2] * kept.shape[-1] / (images.shape[-2] * images.shape[-1])
     else:
-        difference = (odd - even).mul_(1 - share)
-        even.add_(difference)
-        odd.sub_(difference)
+        difference = (other - one).mul_(1 - share)
+        one.add_(difference)
+        other.sub_(difference)
     targets = (F.one_hot(labels, classes) if labels.ndim == 1 else labels).to(torch.float32, copy=True)
-    pairs = targets[:paired].view(-1, 2, classes)
+    pairs = targets[:paired].view(-1, 2, apart, classes)
     pairs.lerp_(pairs.flip(1), 1 - share)
     return images, targets
 
