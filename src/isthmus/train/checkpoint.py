@@ -83,7 +83,8 @@ class Checkpoints:
         # Later states are those that could not be read when the run went on from an earlier one.
         rest = [each for each in self.files() if each < path]
         stale = [each for each in self.files() if each > path]
-        for file in [*rest[self.keep - 1 :], *stale, *self.folder.glob(".*.tmp")]:  # and what a killed process left
+        left = [*self.folder.glob(".*.tmp"), *self.run.glob(".*.tmp")]  # by a killed process
+        for file in [*rest[self.keep - 1 :], *stale, *left]:
             file.unlink(missing_ok=True)
         return path
 
