@@ -1,0 +1,31 @@
+"""The command recipes: every row with its source, and as JSON all that makes a recipe of it again."""
+
+import json
+
+from isthmus import records
+from isthmus.errors import RecipeError
+from isthmus.train.recipe import Recipe
+from isthmus.train.recipes import RECIPES, recipe
+
+
+def test_table(isthmus):
+    result = isthmus("recipes")
+    assert (result.status, result.err) == (0, "")
+    rows = {
+        line.split()[0]: line for line in result.out.splitlines() if line.split()[:1] and line.split()[0] in RECIPES
+    }
+    assert list(rows) == list(RECIPES)
+    assert rows["rsb-a1"].split()[:6] == ["rsb-a1", "600", "2048", "lamb", "resnet50", "80.4"]
+    assert "Goyal et al. 2017" in rows["he-90"]
+    assert rows["probe"].split()[1] == "–"
+
+
+def test_json_gives_the_recipes_again(isthmus):
+    found = json.loads(isthmus("recipes", "--json").out)
+    assert [row["name"] for row in found] == list(RECIPES)
+    for row in found:
+        values = {"name": row["name"], "data": "pictures", "weights": "demo"} | row["settings"]
+        assert records.from_dict(Recipe, values, RecipeError) == recipe(row["name"], data="pictures", weights="demo")
+        assert row["source"]
+    cifar = next(row for row in found if row["name"] == "cifar")
+    assert {"network": "resnet110_cifar", "data": "CIFAR-10", "accuracy": 93.57} in cifar["reported"]
