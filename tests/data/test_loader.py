@@ -3,8 +3,10 @@
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,6 +46,7 @@ def assert_same(ours: list[Batch], theirs: list[Batch]) -> None:
         assert torch.equal(one.images, two.images)
         assert torch.equal(one.labels, two.labels)
         assert torch.equal(one.indices, two.indices)
+        assert (one.part, one.parts) == (two.part, two.parts)
 
 
 def decoding_threads() -> int:
@@ -135,11 +138,22 @@ def test_an_unreadable_picture_can_be_skipped(pictures):
     assert_same(list(evaluating(pictures, on_error="skip").epoch(0, start_step=2)), batches[2:])
 
 
-def test_training_leaves_no_batch_of_one_when_skipping(pictures):
-    few = pictures.subset(range(4))
-    for path in paths(few)[1:]:
-        path.write_bytes(b"")
-    assert list(training(few, on_error="skip").epoch(0)) == []
+def test_training_takes_the_next_readable_picture_instead(pictures):
+    bad = {2, 3, 11, 17}
+    for place in bad:
+        Path(pictures.name(place)).write_bytes(b"")
+    order = training(pictures).order(1).tolist()
+    readable = [index for index in order if index not in bad]
+    after = [next(index for index in order[place:] + readable if index not in bad) for place in range(20)]
+    loader = training(pictures, on_error="skip")
+    batches = list(loader.epoch(1))
+    assert torch.cat([batch.indices for batch in batches]).tolist() == after
+    assert torch.cat([batch.labels for batch in batches]).tolist() == pictures.labels[after].tolist()
+    assert set(loader.unreadable) == bad & set(order[:20])
+    assert_same(list(training(pictures, on_error="skip", threads=5).epoch(1, start_step=3)), batches[3:])
+    images = torch.cat([batch.images for batch in batches])
+    twice = [place for place in range(20) if order[place] in bad]
+    assert all(not torch.equal(images[place], images[after.index(after[place], place + 1)]) for place in twice[:-1])
 
 
 def test_nothing_readable_is_an_error(pictures):
@@ -147,6 +161,79 @@ def test_nothing_readable_is_an_error(pictures):
         path.write_bytes(b"")
     with pytest.raises(DataError, match="none of 23 pictures can be read"):
         list(evaluating(pictures, on_error="skip").epoch(0))
+    with pytest.raises(DataError, match="none of 23 pictures can be read"):
+        list(training(pictures, on_error="skip").epoch(0))
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_and_parts_together_are_one_whole_batch(pictures, ranks, micro_batch):
+    options = {"batch_size": 8, "seed": 1}
+    whole = list(training(pictures, **options).epoch(3))
+    sides = [
+        list(training(pictures, rank=rank, ranks=ranks, micro_batch=micro_batch, **options).epoch(3))
+        for rank in range(ranks)
+    ]
+    for each in whole:
+        shares = [[batch for batch in side if batch.step == each.step] for side in sides]
+        assert torch.equal(torch.cat([batch.images for share in shares for batch in share]), each.images)
+        assert torch.equal(torch.cat([batch.labels for share in shares for batch in share]), each.labels)
+        for share in shares:
+            assert [batch.part for batch in share] == list(range(share[0].parts))
+            assert [batch.indices.shape for batch in share] == [batch.indices.shape for batch in shares[0]]
+
+
+def test_evaluation_has_every_picture_once_over_all_ranks(pictures):
+    sides = [
+        [batch.indices for batch in evaluating(pictures, batch_size=9, rank=rank, ranks=4).epoch(0)]
+        for rank in range(4)
+    ]
+    assert torch.cat([torch.cat(side) for side in sides]).sort().values.tolist() == list(range(23))
+
+
+def test_impossible_shares(pictures):
+    with pytest.raises(DataError, match="a batch of 9 cannot be shared alike by 2 processes"):
+        training(pictures, batch_size=9, ranks=2)
+    with pytest.raises(DataError, match="rank is 2 of 2"):
+        training(pictures, rank=2, ranks=2)
+    with pytest.raises(DataError, match="3 pictures to load; this needs 4"):
+        training(pictures.subset(range(3)), ranks=2)
+
+
+def test_repeats_are_other_crops_of_fewer_pictures(pictures):
+    repeated = Augment(crop_scale=(0.1, 0.5), repeats=3)
+    loader = training(pictures, augment=repeated, batch_size=6)
+    order = loader.order(2)
+    assert order.tolist() == np.repeat(permutation(23, 0, 2)[:8], 3)[:23].tolist()
+    batches = list(loader.epoch(2))
+    once = next(training(pictures, augment=replace(repeated, repeats=1), batch_size=23).epoch(2))
+    for batch in batches:
+        assert len({image.numpy().tobytes() for image in batch.images}) == 6
+        for first in (0, 3):  # the first time is that of an epoch without repeats
+            place = once.indices.tolist().index(int(batch.indices[first]))
+            assert torch.equal(batch.images[first], once.images[place])
+    assert_same(list(loader.epoch(2, start_step=1)), batches[1:])
+
+
+def test_balanced_sampling_draws_every_class_alike(pictures):
+    uneven = pictures.subset([*range(12), 12, 13])
+    loader = training(uneven, balanced=True, batch_size=7)
+    seen = torch.cat([batch.indices for batch in loader.epoch(0)])
+    labels = torch.cat([batch.labels for batch in loader.epoch(0)])
+    assert labels.bincount().tolist() == [7, 7]
+    assert torch.equal(labels, torch.from_numpy(uneven.labels)[seen])
+    images = torch.cat([batch.images for batch in loader.epoch(0)])
+    assert len({image.numpy().tobytes() for image in images}) == 14  # a picture that comes again is another crop
+
+
+def test_size_changes_the_crop_and_nothing_else(pictures):
+    large = next(training(pictures, size=13, augment=Augment(crop_scale=(0.3, 1.0), hflip=False)).epoch(0))
+    assert large.images.shape == (4, 3, 13, 13)
+    still = Augment(crop_scale=(), hflip=False)
+    smaller = next(training(pictures, size=5, augment=still).epoch(0))
+    transform = evaluation_transform(RECORD.at(5))
+    for image, index in zip(smaller.images, smaller.indices.tolist(), strict=True):
+        assert torch.equal(image, transform(decode(pictures.read(index))))
 
 
 def test_threads_end_with_the_epoch_and_when_the_consumer_stops(pictures):

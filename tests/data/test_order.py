@@ -1,11 +1,23 @@
 """Order and random numbers: arithmetic, balanced, and the same forever."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
-from isthmus.data.order import clustered_permutation, permutation, sample_generator, stratified_folds, stratified_split
+from isthmus.data.order import (
+    balanced_draw,
+    clustered_permutation,
+    earlier,
+    parts_of,
+    permutation,
+    sample_generator,
+    stratified_folds,
+    stratified_split,
+)
 from isthmus.errors import DataError
 
 LABELS = st.lists(st.integers(0, 4), min_size=1, max_size=80).map(lambda few: few * 2)
@@ -55,6 +67,68 @@ def test_samples_do_not_share_random_numbers():
     drawn = {sample_generator(*key).random() for key in np.ndindex(3, 5, 40)}
     assert len(drawn) == 3 * 5 * 40
     assert sample_generator(1, 2, 3).random() == sample_generator(1, 2, 3).random()
+
+
+def test_a_picture_that_comes_again_has_other_random_numbers():
+    drawn = {sample_generator(1, 2, *key).random() for key in np.ndindex(5, 7)}
+    assert len(drawn) == 5 * 7
+    assert sample_generator(1, 2, 3, 0).random() == sample_generator(1, 2, 3).random()
+
+
+@given(st.lists(st.integers(0, 6), max_size=60))
+def test_earlier_counts_what_came_before(values):
+    assert earlier(np.array(values, np.int64)).tolist() == [
+        values[:place].count(value) for place, value in enumerate(values)
+    ]
+
+
+@given(LABELS, st.integers(0, 9), st.integers(0, 9))
+def test_balanced_draws_take_each_class_alike(labels, seed, epoch):
+    drawn = balanced_draw(np.array(labels), seed, epoch).tolist()
+    seen = Counter(labels[index] for index in drawn)
+    assert set(seen) <= set(labels)
+    assert max(seen.values()) - min(seen[label] for label in set(labels)) <= 1
+    assert sum(seen.values()) == len(labels)
+
+
+def test_balanced_draws_are_uniform_in_a_class_and_favour_no_class():
+    labels = np.array([0] * 4 + [5] * 9 + [2])
+    drawn = Counter(index for epoch in range(900) for index in balanced_draw(labels, 3, epoch).tolist())
+    for members in ([0, 1, 2, 3], list(range(4, 13)), [13]):
+        counts = [drawn[index] for index in members]
+        assert sum(counts) == 900 * 14 / 3
+        assert chisquare(counts).pvalue > 1e-3 or len(members) == 1
+
+
+@given(
+    count=st.integers(1, 200),
+    size=st.integers(1, 70),
+    ranks=st.integers(1, 9),
+    most=st.integers(0, 20),
+    train=st.booleans(),
+)
+def test_steps_are_dealt_alike(count, size, ranks, most, train):
+    """Against lists dealt out by hand."""
+    if train:
+        size = max(min(size, count) // ranks, 1) * ranks
+    steps = count // size if train else -(-count // size)
+    for step in range(steps):
+        places = list(range(count))[step * size : (step + 1) * size]
+        sides = [parts_of(step, size, count, rank=rank, ranks=ranks, most=most) for rank in range(ranks)]
+        dealt = [[list(range(part.start, part.stop)) for part in parts] for parts in sides]
+        assert [place for side in dealt for part in side for place in part] == places
+        shares = [sum(map(len, side)) for side in dealt]
+        assert max(shares) - min(shares) <= (0 if train else 1)
+        if train:
+            assert all([len(part) for part in side] == [len(part) for part in dealt[0]] for side in dealt)
+        for side, share, parts in zip(dealt, shares, sides, strict=True):
+            assert len(side) == -(-share // (most or share or 1))
+            assert all(0 < len(part) <= (most or share) for part in side)
+            assert [(part.step, part.part, part.parts) for part in parts] == [
+                (step, number, len(side)) for number in range(len(side))
+            ]
+            if most % 2 == 0:  # pairs that mixing makes stay together
+                assert all((part[0] - side[0][0]) % 2 == 0 for part in side)
 
 
 @given(LABELS, st.floats(0.01, 0.99), st.integers(0, 9))

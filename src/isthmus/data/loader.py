@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.augment import Augment, augmented
-from isthmus.data.decode import decode
-from isthmus.data.order import permutation, sample_generator
-from isthmus.data.pictures import Pictures
-from isthmus.data.transform import evaluation_transform
+from isthmus.data.decode import Pixels, decode
+from isthmus.data.order import Part, balanced_draw, earlier, parts_of, sample_generator
+from isthmus.data.pictures import WINDOW, Pictures
+from isthmus.data.transform import centred
 from isthmus.errors import DataError
 from isthmus.runtime import cores
 
@@ -25,31 +25,47 @@ __all__ = ["Batch", "Loader"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """Step `step` of an epoch: images uint8 (N, C, H, W) in channels_last, labels and picture indices int64 (N,)."""
+    """Part `part` of `parts` of a step: images uint8 (N, C, H, W) in channels_last, labels and indices int64 (N,).
+
+    The parts of a step come one after another; an optimiser steps after the last.
+    """
 
     step: int
     images: Tensor
     labels: Tensor
     indices: Tensor
+    part: int = 0
+    parts: int = 1
 
 
-class _Pending(NamedTuple):
-    """A batch that threads are filling; a future yields why its picture is missing, or None."""
+class _Filled(NamedTuple):
+    """The picture that stands in a place, None for a gap; and why those tried before it could not be read."""
 
-    step: int
+    picture: int | None
+    reasons: dict[int, str]
+
+
+class _Order(NamedTuple):
+    """Of each place of an epoch: which picture, and how often it has come before."""
+
     indices: NDArray[np.int64]
-    pixels: NDArray[np.uint8]
-    reasons: list[Future[str | None]]
+    copies: NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loader:
-    """The batches of each epoch; the whole state is (epoch, step), so a run resumes at any step without replay.
+    """One rank's batches of each epoch; the whole state is (epoch, step), so a run resumes at any step without replay.
 
-    Training shuffles, augments and drops the last partial batch (unless it is the only one). Evaluation yields every
-    picture once, in order. `threads` decode (0: one a core). An unreadable picture raises DataError naming it; with
-    on_error="skip" it is left out, its batch is smaller, and `unreadable` keeps its index and reason; a batch left
-    without pictures (in training: with one, which batch norm cannot use) is not yielded.
+    `batch_size` counts the pictures of a step over all `ranks`; rank r takes the r-th contiguous share of each, in
+    parts of at most `micro_batch` pictures (0: whole). Training shuffles or, `balanced`, draws every class equally
+    often; it augments, and drops the last partial step (unless it is the only one), so that every rank has the same
+    steps and parts of the same sizes. Evaluation has every picture once over all ranks, in order. `size` is the side
+    of the images in pixels (0: the record's crop). `threads` decode (0: one a core); they beat processes, which must
+    copy what they decode.
+
+    An unreadable picture raises DataError naming it. With on_error="skip", `unreadable` keeps its index and reason,
+    and evaluation leaves it out (a batch without any is not yielded), while training takes the next readable one in
+    the order instead.
     """
 
     pictures: Pictures
@@ -57,23 +73,61 @@ class Loader:
     batch_size: int
     train: bool
     augment: Augment | None = None
+    size: int = 0
+    balanced: bool = False
     seed: int = 0
     threads: int = 0
     on_error: Literal["raise", "skip"] = "raise"
+    rank: int = 0
+    ranks: int = 1
+    micro_batch: int = 0
     unreadable: dict[int, str] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
-        least = 2 if self.train else 1
+        least = 2 * self.ranks if self.train else 1
         if len(self.pictures) < least:
             raise DataError(f"{len(self.pictures)} pictures to load; this needs {least} or more")
-        if self.batch_size < 1 or self.threads < 0:
-            raise DataError(f"batch size is {self.batch_size} and threads {self.threads}; give at least 1 and 0")
+        if self.batch_size < 1 or self.threads < 0 or self.micro_batch < 0:
+            raise DataError(
+                f"batch size is {self.batch_size}, threads {self.threads} and micro-batch {self.micro_batch}; "
+                "give at least 1, 0 and 0"
+            )
+        if not 0 <= self.rank < self.ranks:
+            raise DataError(f"rank is {self.rank} of {self.ranks}; it must lie in 0..{self.ranks - 1}")
+        if self.train and self.batch_size % self.ranks:
+            raise DataError(
+                f"a batch of {self.batch_size} cannot be shared alike by {self.ranks} processes; make it a multiple"
+            )
+
+    @property
+    def step_size(self) -> int:
+        """Pictures of a step over all ranks; the last step of an evaluation may have fewer."""
+        return min(self.batch_size, len(self.pictures)) // self.ranks * self.ranks if self.train else self.batch_size
 
     @property
     def steps(self) -> int:
-        """Batches in an epoch."""
-        whole, rest = divmod(len(self.pictures), self.batch_size)
-        return whole if self.train and whole else whole + (rest > 0)
+        """Steps of an epoch."""
+        whole, rest = divmod(len(self.pictures), self.step_size)
+        return whole if self.train else whole + (rest > 0)
+
+    def order(self, epoch: int) -> NDArray[np.int64]:
+        """The picture in each place of an epoch.
+
+        With augment.repeats r, the first part 1/r of the shuffled pictures, each r times in a row (Hoffer et al. 2019).
+        """
+        count, repeats = len(self.pictures), self.augment.repeats if self.augment else 1
+        if not self.train:
+            return np.arange(count)
+        if self.balanced:
+            order = balanced_draw(self.pictures.labels, self.seed, epoch)
+        else:
+            order = self.pictures.shuffled(self.seed, epoch)
+        return np.repeat(order[: -(-count // repeats)], repeats)[:count]
+
+    def parts(self, step: int) -> list[Part]:
+        """Which places of the order this rank takes in a step."""
+        count = len(self.pictures)
+        return parts_of(step, self.step_size, count, rank=self.rank, ranks=self.ranks, most=self.micro_batch)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of an epoch from `start_step` on; stop at any time, the threads end with the iterator.
@@ -87,59 +141,81 @@ class Loader:
         return self._batches(epoch, start_step)
 
     def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
-        count = len(self.pictures)
-        order = permutation(count, self.seed, epoch) if self.train else np.arange(count)
-        labels = torch.tensor(self.pictures.labels)
+        indices = self.order(epoch)
+        order = _Order(indices, earlier(indices))
+        record = self.record.at(self.size) if self.size else self.record
+        labels = torch.from_numpy(self.pictures.labels)
         threads = self.threads or cores()
-        ahead = max(2, -(-2 * threads // self.batch_size))  # small batches must not starve the threads
-        pending: deque[_Pending] = deque()
+        pending: deque[tuple[Part, Pixels, list[Future[_Filled]]]] = deque()
+        waiting = 0
         pool = ThreadPoolExecutor(threads, thread_name_prefix="isthmus-decode")
         try:
+            self.pictures.expect(indices[start * self.step_size :][:WINDOW])
             for step in range(start, self.steps):
-                indices = order[step * self.batch_size : (step + 1) * self.batch_size]
-                pending.append(self._begin(pool, epoch, step, indices))
-                if len(pending) > ahead:
-                    yield from self._finish(pending.popleft(), labels)
+                self.pictures.expect(indices[step * self.step_size + WINDOW :][: self.step_size])
+                for part in self.parts(step):
+                    shape = part.stop - part.start, record.crop, record.crop, len(record.channels)
+                    pixels = np.empty(shape, np.uint8)
+                    filled = [
+                        pool.submit(self._fill, pixels[place - part.start], order, place, record, epoch)
+                        for place in range(part.start, part.stop)
+                    ]
+                    pending.append((part, pixels, filled))
+                    waiting += len(filled)
+                    # Two parts ahead, and more of the small ones, so that no thread goes hungry.
+                    while len(pending) > 2 and waiting - len(pending[0][2]) >= 2 * threads:
+                        waiting -= len(pending[0][2])
+                        yield from self._finish(*pending.popleft(), labels)
             while pending:
-                yield from self._finish(pending.popleft(), labels)
+                yield from self._finish(*pending.popleft(), labels)
         finally:
             pool.shutdown(cancel_futures=True)
-        if len(self.unreadable) == count:
-            raise DataError(f"none of {count} pictures can be read; the first: {next(iter(self.unreadable.values()))}")
+        if len(self.unreadable) == len(indices):
+            raise self._nothing()
 
-    def _begin(self, pool: ThreadPoolExecutor, epoch: int, step: int, indices: NDArray[np.int64]) -> _Pending:
-        side = self.record.crop
-        pixels = np.empty((len(indices), side, side, len(self.record.channels)), np.uint8)
-        reasons = [
-            pool.submit(self._fill, row, epoch, index) for row, index in zip(pixels, indices.tolist(), strict=True)
-        ]
-        return _Pending(step, indices, pixels, reasons)
-
-    def _fill(self, row: NDArray[np.uint8], epoch: int, index: int) -> str | None:
-        try:
-            image = decode(self.pictures.read(index), self.record.channels, self.pictures.name(index))
-        except DataError as error:
-            if self.on_error == "raise":
-                raise
-            return str(error)
-        if self.augment is None:
-            pixels = evaluation_transform(self.record)(image)
-        else:
-            pixels = augmented(image, self.augment, self.record, sample_generator(self.seed, epoch, index))
-        row[...] = pixels.permute(1, 2, 0).numpy()
-        return None
-
-    def _finish(self, batch: _Pending, labels: Tensor) -> Iterator[Batch]:
-        kept: list[int] = []
-        for place, future in enumerate(batch.reasons):
-            reason = future.result()
-            if reason is None:
-                kept.append(place)
+    def _fill(self, row: Pixels, order: _Order, place: int, record: Preprocess, epoch: int) -> _Filled:
+        count, reasons = len(order.indices), dict[int, str]()
+        for turn in range(count if self.train else 1):
+            index = int(order.indices[(place + turn) % count])
+            copy = int(order.copies[place]) if turn == 0 else count + place  # a second one is another crop
+            if index in reasons:
+                continue
+            try:
+                pixels = decode(self.pictures.read(index), record.channels, self.pictures.name(index))
+            except DataError as error:
+                if self.on_error == "raise":
+                    raise
+                reasons[index] = str(error)
+                continue
+            if self.augment is None:
+                row[...] = centred(pixels, record)
             else:
-                self.unreadable[int(batch.indices[place])] = reason
-        if len(kept) < (2 if self.train and self.batch_size > 1 else 1):
-            return
-        chosen: Any = kept if len(kept) < len(batch.indices) else slice(None)
-        indices = torch.from_numpy(batch.indices[chosen])
-        images = torch.from_numpy(batch.pixels[chosen]).permute(0, 3, 1, 2)
-        yield Batch(step=batch.step, images=images, labels=labels[indices], indices=indices)
+                random = sample_generator(self.seed, epoch, index, copy)
+                row[...] = augmented(pixels, self.augment, record, random).permute(1, 2, 0).numpy()
+            return _Filled(index, reasons)
+        return _Filled(None, reasons)
+
+    def _finish(self, part: Part, pixels: Pixels, filled: list[Future[_Filled]], labels: Tensor) -> Iterator[Batch]:
+        found = [future.result() for future in filled]
+        for each in found:
+            self.unreadable.update(each.reasons)
+        kept = [place for place, each in enumerate(found) if each.picture is not None]
+        if len(kept) < len(found):
+            if self.train:
+                raise self._nothing()
+            pixels = pixels[kept]
+        if kept:
+            indices = torch.tensor([each.picture for each in found if each.picture is not None])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+            yield Batch(
+                step=part.step,
+                images=images,
+                labels=labels[indices],
+                indices=indices,
+                part=part.part,
+                parts=part.parts,
+            )
+
+    def _nothing(self) -> DataError:
+        first = next(iter(self.unreadable.values()))
+        return DataError(f"none of {len(self.pictures)} pictures can be read; the first: {first}")

@@ -5,6 +5,7 @@ so no order depends on threads, on what was drawn before, or on the numpy releas
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,11 @@ from numpy.typing import NDArray
 from isthmus.errors import DataError
 
 __all__ = [
+    "Part",
+    "balanced_draw",
     "clustered_permutation",
+    "earlier",
+    "parts_of",
     "permutation",
     "sample_generator",
     "step_generator",
@@ -20,21 +25,21 @@ __all__ = [
     "stratified_split",
 ]
 
-_SAMPLE, _EPOCH, _SPLIT, _STEP, _CLUSTER = range(5)
+_SAMPLE, _EPOCH, _SPLIT, _STEP, _CLUSTER, _DRAW = range(6)
 
 
-def _philox(seed: int, stream: int, index: int, purpose: int) -> np.random.Philox:
+def _philox(seed: int, stream: int, index: int, purpose: int, copy: int = 0) -> np.random.Philox:
     key = np.array([seed % 2**64, stream], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, purpose, index], np.uint64))
+    return np.random.Philox(key=key, counter=np.array([0, copy, purpose, index], np.uint64))
 
 
 def _shuffled(count: int, seed: int, stream: int, purpose: int) -> NDArray[np.int64]:
     return np.argsort(_philox(seed, stream, 0, purpose).random_raw(count), kind="stable")
 
 
-def sample_generator(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The random numbers of one picture in one epoch."""
-    return np.random.Generator(_philox(seed, epoch, index, _SAMPLE))
+def sample_generator(seed: int, epoch: int, index: int, copy: int = 0) -> np.random.Generator:
+    """The random numbers of one picture in one epoch, the `copy`-th time after its first that it comes."""
+    return np.random.Generator(_philox(seed, epoch, index, _SAMPLE, copy))
 
 
 def step_generator(seed: int, epoch: int, step: int) -> np.random.Generator:
@@ -59,6 +64,54 @@ def clustered_permutation(clusters: NDArray[np.int64], window: int, seed: int, e
     first[order] = np.cumsum(counts[order]) - counts[order]
     mixed = permutation(len(clusters), seed, epoch)
     return mixed[np.argsort((first // window)[which[mixed]], kind="stable")]
+
+
+def balanced_draw(labels: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:
+    """As many indices as `labels`, with replacement: each class that occurs equally often, or once more."""
+    values, which, counts = np.unique(labels, return_inverse=True, return_counts=True)
+    members, first = np.argsort(which, kind="stable"), np.cumsum(counts) - counts
+    chosen = (permutation(len(labels), seed, epoch) + epoch) % len(values)
+    words = _philox(seed, epoch, 0, _DRAW).random_raw(len(labels)) % counts[chosen].astype(np.uint64)
+    drawn: NDArray[np.int64] = members[first[chosen] + words.astype(np.int64)]
+    return drawn
+
+
+def earlier(order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """How often each entry has come before."""
+    sorting = np.argsort(order, kind="stable")
+    values, places = order[sorting], np.arange(len(order))
+    first = np.maximum.accumulate(np.where(np.diff(values, prepend=-1) != 0, places, 0))
+    times = np.empty_like(order)
+    times[sorting] = places - first
+    return times
+
+
+class Part(NamedTuple):
+    """Part `part` of `parts` of a step on one rank: places start..stop of the epoch's order."""
+
+    step: int
+    part: int
+    parts: int
+    start: int
+    stop: int
+
+
+def parts_of(step: int, size: int, count: int, *, rank: int = 0, ranks: int = 1, most: int = 0) -> list[Part]:
+    """The rank-th contiguous share of a step of `size` of the `count` places, in as few even parts as hold `most` each.
+
+    Neighbours (2k, 2k + 1) stay in one part where `most` and the shares are even, because mixing pairs them.
+    """
+    begin = step * size
+    held = min(size, count - begin)
+    start, stop = (begin + held * side // ranks for side in (rank, rank + 1))
+    if start == stop:
+        return []
+    most = min(most or held, stop - start)
+    unit = 1 if most % 2 else 2
+    units = -(-(stop - start) // unit)
+    parts = -(-units // (most // unit))
+    edges = [min(start + unit * (units * part // parts), stop) for part in range(parts + 1)]
+    return [Part(step, part, parts, edges[part], edges[part + 1]) for part in range(parts)]
 
 
 def _shuffled_classes(labels: Sequence[int] | NDArray[np.int64], seed: int) -> list[NDArray[np.int64]]:
