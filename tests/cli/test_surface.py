@@ -10,10 +10,10 @@ from cyclopts import App
 from isthmus.cli import main
 from isthmus.cli.main import app
 
-COMMANDS = ["weights", "models", "plan", "train", "recipes", "eval", "predict", "env"]
+COMMANDS = ["weights", "models", "plan", "train", "recipes", "eval", "predict", "shards", "env"]
 WEIGHTS = ["inspect", "convert", "verify", "list"]
 # Commands whose options are pinned in tests/golden/commands.json; add a name, then run pytest --regenerate.
-PINNED = ["models", "plan", "recipes", *(f"weights {name}" for name in WEIGHTS)]
+PINNED = ["models", "plan", "recipes", "shards", *(f"weights {name}" for name in WEIGHTS)]
 
 
 def at(words: str) -> App:

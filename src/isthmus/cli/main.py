@@ -29,6 +29,12 @@ COMMANDS = (
     ),
     (app, "eval", "work:evaluate", "Measure a run on its validation pictures, or on other labelled pictures."),
     (app, "predict", "work:predict", "Tell the classes of pictures."),
+    (
+        app,
+        "shards",
+        "shards:shards",
+        "Write pictures into tar shards with an index, which train from any disk or address.",
+    ),
     (weights, "inspect", "weights:inspect", "Show what a weight file holds and what looks wrong with it."),
     (
         weights,

@@ -4,11 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-from rich.markup import escape
-
 from isthmus.cli.options import Json
 from isthmus.records import to_dict
-from isthmus.report.tables import print_table
+from isthmus.report.tables import console, print_table
 
 __all__ = ["shards"]
 
@@ -39,10 +37,10 @@ def shards(data: str, out: Path, *, pictures_per_shard: int = 1000, resize: int 
         print(json.dumps({"out": str(out), "sides": [to_dict(side) for side in written]}, indent=2))  # noqa: T201
     else:
         print_table(
-            escape(f"{out}: {len(train.classes)} classes"),
+            f"{len(train.classes)} classes",
             ("side", "shards", "pictures", "MB"),
             ((each.side, each.shards, each.pictures, f"{each.bytes / 1e6:.1f}") for each in written),
-            note=f"Train on it: isthmus train --data {escape(str(out))}",
         )
+        console.print(f"Train on it: isthmus train --data {out}", soft_wrap=True, markup=False)
     for name in (name for side in written for name in side.left_out):
         print(f"left out {name}: it cannot be read", file=sys.stderr)  # noqa: T201

@@ -154,8 +154,8 @@ def save_index(path: Path, index: Index) -> None:
         "members": np.frombuffer(index.members.packed, np.uint8),
         "member_ends": index.members.ends,
     }
-    about = {"format": FORMAT, "shards": json.dumps(index.names), "classes": json.dumps(index.classes)}
-    atomic_write(path, lambda temporary: save_file(arrays, temporary, about))
+    about = {"names": index.names, "classes": index.classes}  # as one entry: several are written in any order
+    atomic_write(path, lambda temporary: save_file(arrays, temporary, {FORMAT: json.dumps(about)}))
 
 
 def load_index(path: Path, shown: str) -> Index:
@@ -164,19 +164,18 @@ def load_index(path: Path, shown: str) -> Index:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            about = file.metadata() or {}
+            about = json.loads((file.metadata() or {})[FORMAT])
             arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "members", "member_ends")}
         index = Index(
-            names=tuple(json.loads(about["shards"])),
-            classes=tuple(json.loads(about["classes"])),
+            names=tuple(about["names"]),
+            classes=tuple(about["classes"]),
             members=Names.of(arrays.pop("members").tobytes(), arrays.pop("member_ends")),
             **arrays,
         )
-        sound = about["format"] == FORMAT and _is_sound(index)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{shown} is no index of shards: {first_line(error)}; delete it, or write it anew") from error
-    if not sound:
-        raise DataError(f"{shown} contradicts itself or is of another release; delete it, or write it anew")
+    if not _is_sound(index):
+        raise DataError(f"{shown} contradicts itself; delete it, or write it anew")
     return index
 
 

@@ -1,0 +1,52 @@
+"""isthmus shards, as people call it."""
+
+import json
+
+import pytest
+
+from isthmus.data.sources import open_data, open_pictures
+from small_runs import class_folders
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = class_folders(tmp_path / "set/train", {"flower": 5, "temple": 4}).parent
+    class_folders(root / "val", {"flower": 2, "temple": 3})
+    return root
+
+
+def test_shards(isthmus, folder, tmp_path):
+    (folder / "train/temple/0.jpg").write_bytes(b"no picture")
+    out = tmp_path / "out"
+    result = isthmus("shards", str(folder), str(out), "--pictures-per-shard", "3")
+    assert result.status == 0
+    assert "2 classes" in result.out
+    assert f"Train on it: isthmus train --data {out}" in result.out
+    assert result.err == f"left out {folder}/train/temple/0.jpg: it cannot be read\n"
+    data = open_data(str(out))
+    assert (data.train.counts(), data.val.counts()) == ({"flower": 5, "temple": 3}, {"flower": 2, "temple": 3})
+
+
+def test_json(isthmus, folder, tmp_path):
+    out = tmp_path / "out"
+    told = json.loads(isthmus("shards", str(folder / "train"), str(out), "--json").out)
+    (side,) = told["sides"]
+    assert told["out"] == str(out)
+    assert side == {
+        "side": "all",
+        "shards": 1,
+        "pictures": 9,
+        "bytes": (out / "all-000000.tar").stat().st_size,
+        "left_out": [],
+    }
+    assert len(open_pictures(str(out))) == 9
+
+
+def test_a_folder_in_use(isthmus, folder, tmp_path):
+    isthmus("shards", str(folder), str(tmp_path / "out"))
+    again = isthmus("shards", str(folder), str(tmp_path / "out"))
+    assert (again.status, again.err) == (
+        2,
+        f"isthmus: {tmp_path / 'out'} holds shards already; choose another folder\n",
+    )
+    assert isthmus("shards", str(folder), str(tmp_path / "new"), "--pictures-per-shard", "0").status == 2
