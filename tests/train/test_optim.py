@@ -91,12 +91,12 @@ OPTIMISERS = {
         lambda groups: torch.optim.SGD(groups, lr=0.05, foreach=False, fused=False),
     ),
     "adamw": (
-        {"optimizer": "adamw"},
-        lambda groups: torch.optim.AdamW(groups, lr=0.05, foreach=False, fused=False),
+        {"optimizer": "adamw", "momentum": 0.8},
+        lambda groups: torch.optim.AdamW(groups, lr=0.05, betas=(0.8, 0.999), foreach=False, fused=False),
     ),
     "lamb": (
-        {"optimizer": "lamb"},
-        lambda groups: timm.optim.Lamb(groups, lr=0.05, max_grad_norm=None, foreach=False),
+        {"optimizer": "lamb", "momentum": 0.8},
+        lambda groups: timm.optim.Lamb(groups, lr=0.05, betas=(0.8, 0.999), max_grad_norm=None, foreach=False),
     ),
 }
 

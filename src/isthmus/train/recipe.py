@@ -58,11 +58,11 @@ class Recipe:
     batch_size: int = 32  # pictures of one optimiser step, over all processes
     micro_batch: int = 0  # pictures that one process holds at once; 0: its whole share of the batch
     optimizer: Literal["sgd", "adamw", "lamb"] = "sgd"
-    nesterov: bool = True
+    nesterov: bool = True  # SGD only
     lr: float = 5e-3  # the peak
     layer_decay: float = 1.0  # factor of the rate from each part of the network to the one before it
     head_lr_factor: float = 1.0
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD; of AdamW and LAMB the first beta
     weight_decay: float = 1e-4  # of weights; norms and biases do not decay
     schedule: Literal["cosine", "step", "linear"] = "cosine"
     drops: tuple[float, ...] = ()  # parts of the run after which the schedule `step` divides the rate by ten
