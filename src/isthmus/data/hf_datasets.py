@@ -93,7 +93,7 @@ def rows_of(dataset: "Dataset", shown: str) -> Pictures:
     labels, names = numbered(values, tuple(getattr(features[label], "names", None) or ()))
     try:
         rows = dataset.select_columns([column]).cast_column(column, library.Image(decode=False))
-    except (TypeError, ValueError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:  # Arrow's own are among these
         raise DataError(f"{shown}: the column {column} holds no pictures: {first_line(error)}") from error
     files: list[str | int] = [shown]
     for name in (str(file["filename"]) for file in dataset.cache_files):
