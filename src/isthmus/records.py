@@ -1,14 +1,26 @@
 """Frozen dataclasses to and from plain values and TOML, with every field checked: specs, preprocessing, recipes."""
 
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
+from math import inf
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from isthmus.errors import IsthmusError, SpecError
 
-__all__ = ["check_fields", "from_dict", "from_toml", "override", "to_dict", "to_toml"]
+__all__ = [
+    "FROM_0",
+    "FROM_1",
+    "Range",
+    "check_fields",
+    "check_ranges",
+    "from_dict",
+    "from_toml",
+    "override",
+    "to_dict",
+    "to_toml",
+]
 
 T = TypeVar("T")
 SCALARS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
@@ -55,6 +67,20 @@ def check_fields(record: Any, error: type[IsthmusError] = SpecError) -> None:
         value = getattr(record, name)
         if not holds(value):
             raise error(f"{name} is {value!r}; it must be {words}")
+
+
+Range = tuple[str, Callable[[float], bool]]
+"""What must hold of a number, in words and as a test."""
+FROM_0: Range = ("be 0 or more", lambda value: 0 <= value < inf)
+FROM_1: Range = ("be at least 1", lambda value: 1 <= value < inf)
+
+
+def check_ranges(record: Any, ranges: Mapping[str, Range], error: type[IsthmusError]) -> None:
+    """Raise `error` naming the first field whose number is out of its range."""
+    for name, (words, holds) in ranges.items():
+        value = getattr(record, name)
+        if not holds(value):
+            raise error(f"{name} is {value}; it must {words}")
 
 
 def to_dict(record: Any, *, defaults: bool = True) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def test_whole_picture_crop_is_a_plain_resize():
         ({"vflip": "yes"}, "vflip is 'yes'; it must be true or false"),
         ({"pad": -1, "crop_scale": ()}, "pad is -1"),
         ({"pad": 4}, "pad and crop_scale both place the crop"),
+        ({"erasing": -0.5}, "erasing is -0.5"),
         ({"policy": "auto"}, "policy is 'auto'; it must be one of none, rand, trivial"),
         ({"policy_layers": 0}, "policy_layers is 0"),
         ({"policy_magnitude": 10.5}, "policy_magnitude is 10.5; it must lie in 0..10"),

@@ -15,12 +15,19 @@ from isthmus.data.decode import Pixels, pixels_of
 from isthmus.data.policies import rand_augment, trivial_augment
 from isthmus.data.transform import Box, centred, channels_first, cut_out, mirrored
 from isthmus.errors import RecipeError
+from isthmus.records import FROM_0, FROM_1, Range
 
 __all__ = ["VIEWS", "Augment", "altered", "augmented", "random_box", "views"]
 
 _RATIO = (3 / 4, 4 / 3)  # width over height of a random crop (Szegedy et al. 2014)
 _ERASED = (0.02, 0.33)  # part of the area that random erasing takes (Zhong et al. 2017)
 _ERASED_RATIO = (0.3, 3.3)  # height over width
+RANGES: dict[str, Range] = {
+    "policy_magnitude": ("lie in 0..10", lambda value: 0 <= value <= 10),
+    "erasing": ("lie in 0..1", lambda value: 0 <= value <= 1),
+    **dict.fromkeys(("pad", "policy_spread", "mixup", "cutmix"), FROM_0),
+    **dict.fromkeys(("policy_layers", "repeats"), FROM_1),
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,23 +55,11 @@ class Augment:
     def __post_init__(self) -> None:
         records.check_fields(self, RecipeError)
         scale = self.crop_scale
-        wrong = {
-            f"crop_scale is {scale}; it must be two parts of the area, 0 < low <= high <= 1": (
-                bool(scale) and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1)
-            ),
-            f"pad is {self.pad}; it must be 0 or more": self.pad < 0,
-            "pad and crop_scale both place the crop; set crop_scale = [], or pad = 0": self.pad > 0 and bool(scale),
-            f"policy_layers is {self.policy_layers}; it must be 1 or more": self.policy_layers < 1,
-            f"policy_magnitude is {self.policy_magnitude}; it must lie in 0..10": not 0 <= self.policy_magnitude <= 10,
-            f"policy_spread is {self.policy_spread}; it must be 0 or more": not 0 <= self.policy_spread < math.inf,
-            f"erasing is {self.erasing}; it must lie in 0..1": not 0 <= self.erasing <= 1,
-            f"mixup is {self.mixup}; it must be 0 or more": not 0 <= self.mixup < math.inf,
-            f"cutmix is {self.cutmix}; it must be 0 or more": not 0 <= self.cutmix < math.inf,
-            f"repeats is {self.repeats}; it must be 1 or more": self.repeats < 1,
-        }
-        for message, holds in wrong.items():
-            if holds:
-                raise RecipeError(message)
+        if scale and not (len(scale) == 2 and 0 < scale[0] <= scale[1] <= 1):
+            raise RecipeError(f"crop_scale is {scale}; it must be two parts of the area, 0 < low <= high <= 1")
+        if self.pad and scale:
+            raise RecipeError("pad and crop_scale both place the crop; set crop_scale = [], or pad = 0")
+        records.check_ranges(self, RANGES, RecipeError)
 
 
 def random_box(width: int, height: int, scale: tuple[float, ...], random: np.random.Generator) -> Box:

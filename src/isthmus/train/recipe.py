@@ -1,6 +1,5 @@
 """Everything that decides a training run, in one frozen record."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import inf
 from pathlib import Path
@@ -10,15 +9,13 @@ from isthmus import records
 from isthmus.arch.preprocess import View
 from isthmus.data.augment import Augment
 from isthmus.errors import RecipeError
+from isthmus.records import FROM_0, FROM_1, Range
 
 __all__ = ["Recipe", "gradient_only", "override"]
 
 
-Range = tuple[str, Callable[[float], bool]]
 PART: Range = ("lie in [0, 1)", lambda value: 0 <= value < 1)
 FACTOR: Range = ("lie in (0, 1]", lambda value: 0 < value <= 1)
-FROM_0: Range = ("be 0 or more", lambda value: 0 <= value < inf)
-FROM_1: Range = ("be at least 1", lambda value: 1 <= value < inf)
 ABOVE_0: Range = ("be above 0", lambda value: 0 < value < inf)
 RANGES: dict[str, Range] = {
     "val_fraction": ("lie between 0 and 1", lambda value: 0 < value < 1),
@@ -30,7 +27,6 @@ RANGES: dict[str, Range] = {
     **dict.fromkeys(("epochs", "batch_size", "ema_every"), FROM_1),
     **dict.fromkeys(("lr", "head_lr_factor"), ABOVE_0),
 }
-"""Numbers of a recipe: what must hold of each, in words and as a test."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -113,9 +109,7 @@ class Recipe:
         for message, found in wrong.items():
             if found:
                 raise RecipeError(message)
-        for name, (words, holds) in RANGES.items():
-            if not holds(getattr(self, name)):
-                raise RecipeError(f"{name} is {getattr(self, name)}; it must {words}")
+        records.check_ranges(self, RANGES, RecipeError)
 
     def to_toml(self) -> str:
         """The recipe as a TOML document, every setting spelled out."""
