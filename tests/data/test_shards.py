@@ -31,6 +31,7 @@ from web_server import Web, serving
 def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(shards, "WAITS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(shards, "_failed", {})
     return tmp_path / "cache"
 
 
@@ -316,7 +317,7 @@ def test_over_http(web: Web):
     assert (contents(without), without.labels.tolist()) == (contents(pictures), pictures.labels.tolist())
 
 
-def test_a_connection_that_breaks_is_tried_again_and_then_named(web: Web):
+def test_a_connection_that_breaks_is_tried_again_and_then_named(web: Web, monkeypatch):
     pictures = open_shards(f"{web.address}/set")
     web.cuts = [1000, 0]
     assert pictures.read(0) == content(0)
@@ -324,7 +325,12 @@ def test_a_connection_that_breaks_is_tried_again_and_then_named(web: Web):
     with pytest.raises(DataError, match=r"http://127.*x-000001\.tar could not be brought in 3 tries"):
         pictures.read(7)
     assert not web.cuts
-    assert pictures.read(7) == content(7)
+    asked = web.count("GET")
+    with pytest.raises(DataError, match="3 tries"):  # at once: the other pictures of the shard do not wait again
+        pictures.read(8)
+    assert web.count("GET") == asked
+    monkeypatch.setattr(shards, "GIVEN_UP", 0.0)
+    assert pictures.read(8) == content(8)
 
 
 def test_a_remote_shard_that_is_gone_or_shorter(web: Web):

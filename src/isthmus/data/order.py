@@ -58,12 +58,12 @@ def clustered_permutation(clusters: NDArray[np.int64], window: int, seed: int, e
     The clusters are shuffled, consecutive ones of about `window` pictures are taken together, and the pictures of
     these are shuffled.
     """
-    values, which, counts = np.unique(clusters, return_inverse=True, return_counts=True)
-    order = _shuffled(len(values), seed, epoch, _CLUSTER)
-    first = np.empty(len(values), np.int64)  # place of each cluster's first picture, had it come unmixed
+    counts = np.bincount(clusters)
+    order = _shuffled(len(counts), seed, epoch, _CLUSTER)
+    first = np.empty(len(counts), np.int64)  # place of each cluster's first picture, had it come unmixed
     first[order] = np.cumsum(counts[order]) - counts[order]
     mixed = permutation(len(clusters), seed, epoch)
-    return mixed[np.argsort((first // window)[which[mixed]], kind="stable")]
+    return mixed[np.argsort((first // window)[clusters[mixed]], kind="stable")]
 
 
 def balanced_draw(labels: NDArray[np.int64], seed: int, epoch: int) -> NDArray[np.int64]:

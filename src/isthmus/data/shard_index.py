@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,7 @@ def scan(path: Path, shown: str) -> list[Sample]:
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             groups = groupby(_members(archive), key=lambda member: member[0])
-            samples = [_sample(archive, key, [rest for _, *rest in group], shown) for key, group in groups]
+            samples = [_sample(file, key, [rest for _, *rest in group], shown) for key, group in groups]
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends silently there
                 raise tarfile.ReadError(f"no header and no end at byte {archive.offset:,}")
@@ -83,14 +83,16 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarIn
             yield match[1], match[2].lower(), member
 
 
-def _sample(archive: tarfile.TarFile, key: str, files: list[list[Any]], shown: str) -> Sample:
+def _sample(file: BinaryIO, key: str, files: list[list[Any]], shown: str) -> Sample:
     by_end = dict(files)
     pictures = [end for end in by_end if f".{end}" in extensions()]
     if len(pictures) != 1 or len(by_end) != len(files):
         raise DataError(f"{shown}: the sample {key} holds {sorted(end for end, _ in files)}; it must hold one picture")
     label_file = next((end for end in ("cls", "json") if end in by_end), None)
-    content = archive.extractfile(by_end[label_file]) if label_file else None
-    label = _label(content.read(), label_file == "json") if content else None
+    label = None
+    if label_file:
+        file.seek(by_end[label_file].offset_data)
+        label = _label(file.read(by_end[label_file].size), label_file == "json")
     if label is None:
         raise DataError(
             f"{shown}: the sample {key} has no label ({', '.join(sorted(by_end))}); add {key}.cls, a number or a name, "

@@ -32,10 +32,12 @@ from isthmus.messages import first_line, listed
 __all__ = ["CLASS_FILES", "Shards", "expand_braces", "open_shards"]
 
 CLASS_FILES = ("classes.txt", "classes.json")  # the names of the classes: one a line, or a list
-WAITS = (0.0, 0.5, 2.0)  # seconds before each try to bring a file
+WAITS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each try to bring a file
+GIVEN_UP = 60.0  # seconds in which a file that could not be brought is not asked for again
 AT_ONCE = 4  # shards that are brought or scanned side by side
 _slots = threading.Semaphore(AT_ONCE)
 _coming: set[Path] = set()
+_failed: dict[Path, tuple[float, DataError]] = {}  # when and how
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -269,8 +271,15 @@ def _brought(address: str, size: int | None) -> Path:
                 raise DataError(
                     f"{address} has {size:,} bytes and the cache may take {budget():,}; raise ISTHMUS_CACHE_GB"
                 )
+            when, failure = _failed.get(path, (-GIVEN_UP, None))
+            if failure and time.monotonic() - when < GIVEN_UP:  # else each picture of the shard would wait as long
+                raise failure
             part = path.with_name(f".{path.name}.part")
-            _download(address, part, size)
+            try:
+                _download(address, part, size)
+            except DataError as error:
+                _failed[path] = time.monotonic(), error
+                raise
             part.replace(path)
     return path
 
