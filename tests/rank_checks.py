@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isthmus.arch.memory import Memory
 from isthmus.evaluation.metrics import Tally
 from isthmus.nn.batchnorm import BATCH_NORM, freeze_batchnorm, synchronise_batchnorm
 from isthmus.nn.freeze import freeze
+from isthmus.nn.memory import save_memory
 from isthmus.train.distributed import World, accumulated, joined, parallel, share_buffers
 from oracles import random_state
 from small_runs import SPEC, network
@@ -79,7 +81,14 @@ def norms(world: World) -> dict[str, Tensor]:
 
 
 def trained(
-    world: World, spec: str = "bottleneck", *, steps: int = 4, until: str = "none", norm: str = "synchronised"
+    world: World,
+    spec: str = "bottleneck",
+    *,
+    steps: int = 4,
+    until: str = "none",
+    norm: str = "synchronised",
+    memory: Memory = "plain",
+    anew: bool = False,
 ) -> Tensor:
     """All weights and statistics after some steps of two micro-batches each, in fp64."""
     net = network(SPECS[spec]).double()
@@ -88,6 +97,7 @@ def trained(
         freeze_batchnorm(net)
     if norm != "plain":
         assert (synchronise_batchnorm(net) > 0) == (norm == "synchronised")
+    save_memory(net, memory)
     model = parallel(net.train(), world)
     optimiser = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.05, momentum=0.9)
     for step in range(steps):
@@ -100,6 +110,8 @@ def trained(
                 loss = nn.functional.cross_entropy(logits, own(labels[part : part + MICRO], world), reduction="sum")
                 (loss / BATCH).backward()
         optimiser.step()
+        if step == steps // 2 and anew:
+            model = parallel(net, world)
         if step == steps // 2 and until == "layer1":  # one more part thaws
             freeze(net, "stem")
             model = parallel(net, world)
@@ -112,14 +124,15 @@ def trained(
 
 
 def half_precision(world: World) -> Tensor:
-    """Gradients of one step under autocast; the statistics are counted in fp32."""
+    """Gradients of one step under autocast."""
     net = network()
     synchronise_batchnorm(net)
     model = parallel(net.train().to(memory_format=torch.channels_last), world)
     images = torch.randn(BATCH, 3, 17, 17, generator=random(0)).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = model(own(images, world))
-    logits.float().square().sum().backward()
+    with accumulated(model, last=True):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(own(images, world))
+        logits.float().square().sum().backward()
     return torch.cat([parameter.grad.flatten() for parameter in net.parameters()])
 
 
@@ -156,6 +169,9 @@ RUNS: dict[str, Callable[[World], Tensor]] = {
     "attention": lambda world: trained(world, "attention"),
     "frozen stem": lambda world: trained(world, until="stem"),
     "thawing": lambda world: trained(world, until="layer1"),
+    "recomputed": lambda world: trained(world, memory="recompute"),
+    "checkpointed": lambda world: trained(world, memory="checkpoint"),
+    "wrapped anew": lambda world: trained(world, "pre-activation", anew=True),
     "frozen norms": lambda world: trained(world, norm="frozen"),
 }
 CHECKS: dict[str, Callable[[World], Any]] = RUNS | {

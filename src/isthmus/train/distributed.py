@@ -6,13 +6,13 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.parallel import DistributedDataParallel
 
 from isthmus.errors import IsthmusError, RunError
 from isthmus.messages import first_line
@@ -23,6 +23,7 @@ __all__ = ["World", "accumulated", "joined", "parallel", "restarted", "share_buf
 
 TIMEOUT = "ISTHMUS_TIMEOUT"  # the environment variable
 MINUTES = 10
+BUCKET = 25 * 2**20  # bytes of gradients that one sum takes, as in torch's DistributedDataParallel
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,33 +183,107 @@ def said_first(message: str, heartbeat: Heartbeat) -> bool:
         return True
 
 
-def parallel(module: nn.Module, world: World) -> nn.Module:
-    """`module` as it trains in `world`: backward leaves the *sum* of the ranks' gradients, overlapped with computing.
+class Bucket:
+    """Gradients of some parameters in one piece of memory, in the memory format of the weights."""
 
-    So a loss is divided by the global batch, once, on every rank. Every parameter that requires a gradient must take
-    part in each forward pass; wrap anew after freezing or unfreezing. Every forward pass starts from the buffers of
-    rank 0, such as batch-norm statistics, and leaves each rank its own: `share_buffers` before anything reads them.
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters = parameters
+        sizes = [each.numel() for each in parameters]
+        self.flat = torch.empty(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        pieces = zip(torch.split_with_sizes(self.flat, sizes), parameters, strict=True)
+        self.views = [piece.as_strided(each.shape, each.stride()) for piece, each in pieces]
+
+    def taken(self) -> Tensor:
+        """The memory, filled with the gradients as they are."""
+        for view, parameter in zip(self.views, self.parameters, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                view.copy_(parameter.grad)
+        return self.flat
+
+    def give(self) -> None:
+        """Let what the memory holds be the gradients."""
+        for view, parameter in zip(self.views, self.parameters, strict=True):
+            parameter.grad = view
+
+
+class Parallel(nn.Module):
+    """A module whose gradients are *summed* over the ranks, so that a loss is divided by the global batch once.
+
+    The sums run beside the rest of backward, in buckets of last layers first. Their layout is that of the parameters,
+    in every step and after every restart, and so are the bits of the sums: torch's DistributedDataParallel lays its
+    buckets out anew after its first step. Weights and buffers start as rank 0's. From then on buffers are each rank's
+    own, because training does not read them: `share_buffers` before anything does. A parameter without a gradient
+    counts as zero. Wrap anew after freezing or unfreezing.
     """
-    if world.size == 1 or not any(parameter.requires_grad for parameter in module.parameters()):
-        return module
-    wrapped = DistributedDataParallel(module, gradient_as_bucket_view=True)
-    wrapped.register_comm_hook(None, _summed)
-    wrapped.register_forward_pre_hook(lambda *_: world._reach("a forward pass"))  # noqa: SLF001
-    return wrapped
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        super().__init__()
+        self.module, self.world = module, world
+        with torch.no_grad():
+            for tensor in module.state_dict().values():
+                distributed.broadcast(tensor, 0)
+        self.buckets: list[Bucket] = []
+        parameters: list[nn.Parameter] = []
+        trainable = [each for each in module.parameters() if each.requires_grad]
+        for parameter, following in zip_longest(reversed(trainable), reversed(trainable[:-1])):
+            parameters.append(parameter)
+            parameter.register_post_accumulate_grad_hook(self._ready)
+            full = sum(each.nbytes for each in parameters) >= BUCKET
+            if full or following is None or following.dtype != parameter.dtype:
+                self.buckets.append(Bucket(parameters))
+                parameters = []
+        self.summing = False
+        self.ready: set[Tensor] = set()
+        self.sums: list[distributed.Work] = []
+
+    def forward(self, *inputs: Any) -> Any:
+        """What the module gives."""
+        return self.module(*inputs)
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """The forward and backward pass behind which the sums are in the gradients."""
+        self.world._reach("a forward pass")  # noqa: SLF001
+        self.summing = True
+        try:
+            yield
+            for bucket in self.buckets:
+                self.ready.update(bucket.parameters)
+            self._sum()
+            for bucket, work in zip(self.buckets, self.sums, strict=True):
+                work.wait()
+                bucket.give()
+        finally:
+            self.summing = False
+            self.ready.clear()
+            self.sums.clear()
+
+    def _ready(self, parameter: Tensor) -> None:
+        if self.summing:
+            self.ready.add(parameter)
+            self._sum()
+
+    def _sum(self) -> None:
+        """Begin with the buckets that are complete, in their order, which is the same on all ranks."""
+        while len(self.sums) < len(self.buckets):
+            bucket = self.buckets[len(self.sums)]
+            if not self.ready.issuperset(bucket.parameters):
+                break
+            self.sums.append(distributed.all_reduce(bucket.taken(), async_op=True))
 
 
-def _summed(_: None, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """Torch's own hook takes the mean; dividing by three and multiplying again would not give the same bits."""
-    work = distributed.all_reduce(bucket.buffer(), async_op=True)
-    future: torch.futures.Future[list[Tensor]] = work.get_future()
-    return future.then(lambda done: done.value()[0])
+def parallel(module: nn.Module, world: World) -> nn.Module:
+    """`module` as it trains in `world`: itself where it is alone or has nothing to train."""
+    alone = world.size == 1 or not any(parameter.requires_grad for parameter in module.parameters())
+    return module if alone else Parallel(module, world)
 
 
 def accumulated(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """A context for forward and backward of one micro-batch: gradients are summed over ranks behind the last alone."""
-    if last or not isinstance(module, DistributedDataParallel):
-        return nullcontext()
-    return module.no_sync()
+    original = getattr(module, "_orig_mod", module)  # what torch.compile has wrapped
+    return original.step() if last and isinstance(original, Parallel) else nullcontext()
 
 
 def share_buffers(module: nn.Module, world: World) -> None:
