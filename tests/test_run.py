@@ -2,7 +2,9 @@
 
 import csv
 import errno
+import io
 import json
+import shutil
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -29,7 +31,7 @@ from isthmus.weights.source import open_source
 from small_runs import SPEC, Recorder, class_folders, copied, network, paths, same, same_files, weights
 
 LEFT = {"recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
-TRAINED = LEFT | {"checkpoint.pt", "start.safetensors"}
+TRAINED = LEFT | {"best.safetensors", "checkpoints", "start.safetensors"}
 
 
 @pytest.fixture(autouse=True)
@@ -317,10 +319,11 @@ def test_a_stopped_run_goes_on_to_the_same_model(name, stops, pictures, start, t
 
 def test_a_lost_checkpoint_is_said(pictures, start, tmp_path):
     made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), head="linear", **QUICK)
-    run = fit(made, tmp_path / "run")
-    (run.folder / "checkpoint.pt").unlink()
-    with pytest.raises(RunError, match=r"there is no .*checkpoint\.pt"):
-        fit(made, tmp_path / "run", resume=True)
+    wanted, recorder = fit(made, tmp_path / "run"), Recorder()
+    shutil.rmtree(wanted.folder / "checkpoints")
+    found = fit(made, tmp_path / "run", resume=True, reporter=recorder)
+    assert any(line.endswith("holds no checkpoint; training begins anew") for line in recorder.lines)
+    assert same(copied(isthmus.load(found.folder)), copied(isthmus.load(wanted.folder)))
 
 
 def test_a_full_disk_while_saving_the_model(pictures, start, tmp_path, monkeypatch):
@@ -342,22 +345,21 @@ def test_a_full_disk_while_saving_the_model(pictures, start, tmp_path, monkeypat
 def test_a_full_disk_while_training(pictures, start, tmp_path, monkeypatch):
     made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), head="linear", **QUICK)
     wanted = fit(made, tmp_path / "straight")
-    write, calls = Path.write_bytes, []
+    write, calls = torch.save, []
 
-    def full(self, content):
-        calls.append(self.name)
+    def full(state, file):
+        if isinstance(file, io.BufferedWriter) and "net" in state:
+            calls.append(file.name)
         if len(calls) == 2:
-            write(self, bytes(content)[:100])
+            file.write(b"half a state")
             raise OSError(errno.ENOSPC, "No space left on device")
-        return write(self, content)
+        write(state, file)
 
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(RunError, match=r"cannot write .*run/checkpoint\.pt: No space left on device"):
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(RunError, match=r"cannot write .*run/checkpoints/step-\d+\.pt: No space left on device"):
         fit(made, tmp_path / "run")
-    monkeypatch.undo()
-    assert all(".checkpoint.pt." in name for name in calls)
-    assert set(left_over(tmp_path / "run")) == TRAINED - {"evaluation.json", "model.safetensors"}
-    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch, "save", write)
+    assert len(left_over(tmp_path / "run" / "checkpoints")) == 1
     found = fit(made, tmp_path / "run", resume=True)
     assert same(copied(isthmus.load(found.folder)), copied(isthmus.load(wanted.folder)))
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +23,15 @@ from isthmus.data.transform import normalise
 from isthmus.errors import DataError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
+from isthmus.messages import listed
 from isthmus.nn.fold import insert_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision, machine, versions
+from isthmus.train.distributed import World, joined, restarted
 from isthmus.train.features import extract, with_head
-from isthmus.train.loop import CHECKPOINT, LOG, Interrupted, train_network, write_log
+from isthmus.train.log import Log
+from isthmus.train.loop import LOG, Interrupted, train_network
 from isthmus.train.probe import LINEAR, Choice, Features, Probe, candidates, choose, fit_head
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
@@ -70,62 +74,91 @@ def fit(
     device: str | None = None,
     reporter: Reporter | None = None,
 ) -> Run:
-    """Train as `recipe` says and leave a run folder: recipe, log, checkpoint, model with metadata, scores.
+    """Train as `recipe` says and leave a run folder: recipe, log, checkpoints, model with metadata, scores.
 
-    `out` defaults to the next free number under runs/. `data` takes the place of what `recipe.data` names. Raises
-    RunError when `out` holds a run already (unless `resume`, which takes the run's own recipe), Interrupted (after
-    saving) on Ctrl-C. Nothing is written before data, recipe and weights are known to be sound.
+    `out` defaults to the next free number under runs/. `data` takes the place of what `recipe.data` names. Under
+    torchrun every process calls this, one of them writes, and a process that was started anew resumes. Raises RunError
+    when `out` holds a run already (unless `resume`, which takes the run's own recipe), Interrupted (after saving) on
+    Ctrl-C. Nothing is written before data, recipe and weights are known to be sound.
     """
-    reporter, began, here = reporter or Reporter(), time.perf_counter(), machine(device)
+    with joined(device) as world:
+        return fit_in(world, recipe, out, data, reporter or Reporter(), resume=resume)
+
+
+def fit_in(
+    world: World, recipe: Recipe, out: Path | str, data: DataSet | None, reporter: Reporter, *, resume: bool
+) -> Run:
+    """`fit` as one of the processes of `world`."""
+    began, here = time.perf_counter(), machine(world.device)
     if data is not None:  # so that a later `evaluate` does not take other pictures for these
         recipe = replace(recipe, data=data.name)
-    folder = run_folder(Path(out) if out else None, recipe, resume=resume)
+    folder = Path(out) if out else free_folder(world)
+    resume = resume or (restarted() and holds_run(folder))
+    check_folder(folder, recipe, resume=resume)
     data = data or open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     net = starting_network(recipe, data.classes)
-    make_folder(folder)
-    counts = ", ".join(f"{count} {name}" for name, count in data.train.counts().items())
-    reporter.say(f"{len(data.train)} pictures to train on ({counts}), {len(data.val)} to validate on")
     precision: Precision = here.precision if recipe.precision == "auto" else recipe.precision
-    write_text(folder / RECIPE, recipe.to_toml())
-    write_text(folder / ENVIRONMENT, json.dumps(environment(here, precision), indent=2))
+    begins = not (resume and (folder / START).exists())
+    world.barrier("the start")  # what one process makes would be there already to another
+    if world.main:
+        make_folder(folder)
+        write_text(folder / RECIPE, recipe.to_toml())
+        write_text(folder / ENVIRONMENT, json.dumps(environment(here, precision, world), indent=2))
+    world.barrier("the folder of the run")
+    if not holds_run(folder):
+        raise RunError(f"{folder} is not to be seen from {platform.node()}; name an --out that all machines share")
+    counts = listed((f"{count} {name}" for name, count in data.train.counts().items()), 10)
+    reporter.say(f"{len(data.train)} pictures to train on ({counts}), {len(data.val)} to validate on")
     try:
         if recipe.freeze == "trunk":
-            net, scores, choices = fit_probe(net, data, recipe, here, precision, reporter)
-            write_log(folder / LOG, probe_rows(net, scores, choices))
+            net, scores, choices = fit_probe(net, data, recipe, here, precision, reporter, world)
+            if world.main:
+                log = Log(folder / LOG)
+                for row in probe_rows(net, scores, choices):
+                    log.add(row)
         else:
-            if not (resume and (folder / START).exists()):
-                net = ready_to_train(net, data, recipe, here, precision, reporter)
-                save_weights(net, folder / START)
-            # Stopped before its first step, a run has nothing to go on from and begins anew.
-            begun = any((folder / name).exists() for name in (CHECKPOINT, LOG))
+            if begins:
+                net = ready_to_train(net, data, recipe, here, precision, reporter, world)
+                if world.main:
+                    save_weights(net, folder / START)
+            world.barrier("the network to start from")
             net = load(folder / START)
             if recipe.freeze not in ("none", "stem", *net.stages):  # the chosen head does not read so deep
                 recipe = replace(recipe, freeze="trunk")
-            net = train_network(net, data, recipe, here, folder, reporter, resume=resume and begun)
-            val = Loader(pictures=data.val, record=net.preprocess, batch_size=recipe.batch_size, train=False)
-            scores = Inference(net, here, precision).evaluate(val)
+            net, scores = train_network(net, data, recipe, here, folder, reporter, world, resume=resume)
     except KeyboardInterrupt as stop:
         raise Interrupted(f"{str(stop) or 'stopped'}; go on with: isthmus train --resume {folder}") from stop
     seconds = time.perf_counter() - began
-    metrics = {"validation accuracy": scores.accuracy, "validation balanced accuracy": scores.balanced_accuracy}
-    save_weights(net.cpu().eval(), folder / MODEL, extra={"metrics": metrics})
-    write_text(folder / SCORES, json.dumps(scores.to_dict() | {"data": data.name, "seconds": seconds}, indent=2))
+    if world.main:
+        metrics = {"validation accuracy": scores.accuracy, "validation balanced accuracy": scores.balanced_accuracy}
+        save_weights(net.cpu().eval(), folder / MODEL, extra={"metrics": metrics})
+        write_text(folder / SCORES, json.dumps(scores.to_dict() | {"data": data.name, "seconds": seconds}, indent=2))
     return Run(folder=folder, scores=scores, seconds=seconds)
 
 
-def run_folder(out: Path | None, recipe: Recipe, *, resume: bool) -> Path:
-    """The folder of a run, not made yet; raises RunError when it holds another run, or on `resume` none of `recipe`."""
-    if out is None:
-        taken = {path.name for path in Path("runs").glob("*")}
-        out = Path("runs") / str(next(number for number in range(1, len(taken) + 2) if str(number) not in taken))
-    holds = os.path.isfile(out / RECIPE)  # noqa: PTH113 - Path's own raises where a folder may not be read
-    if resume and not holds:
-        raise RunError(f"{out} holds no run to resume ({RECIPE} is missing)")
-    if resume and Recipe.from_file(out / RECIPE) != recipe:
-        raise RunError(f"{out} was started with another recipe; go on with its own ({out / RECIPE}), or start anew")
-    if holds and not resume:
-        raise RunError(f"{out} holds a run already; choose another --out, or go on with --resume {out}")
-    return out
+def free_folder(world: World) -> Path:
+    """The next free number under runs/; raises RunError for several processes, which could not find it again."""
+    if world.size > 1:
+        raise RunError("several processes need one folder to go on in when they are started anew; name it with --out")
+    taken = {path.name for path in Path("runs").glob("*")}
+    return Path("runs") / str(next(number for number in range(1, len(taken) + 2) if str(number) not in taken))
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started there."""
+    return os.path.isfile(folder / RECIPE)  # noqa: PTH113 - Path's own raises where a folder may not be read
+
+
+def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
+    """Raise RunError when the folder holds another run, or on `resume` none of `recipe`."""
+    if resume and not holds_run(folder):
+        raise RunError(f"{folder} holds no run to resume ({RECIPE} is missing)")
+    if resume and Recipe.from_file(folder / RECIPE) != recipe:
+        raise RunError(
+            f"{folder} was started with another recipe; go on with its own ({folder / RECIPE}), or start anew"
+        )
+    if holds_run(folder) and not resume:
+        raise RunError(f"{folder} holds a run already; choose another --out, or go on with --resume {folder}")
 
 
 def make_folder(folder: Path) -> None:
@@ -162,7 +195,7 @@ def adapted(record: Preprocess, recipe: Recipe) -> Preprocess:
 
 
 def ready_to_train(
-    net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter
+    net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter, world: World
 ) -> ResNet:
     """The network that gradient training starts from.
 
@@ -170,7 +203,7 @@ def ready_to_train(
     and batch norm that was folded away comes back, with statistics of the new pictures.
     """
     if recipe.weights and recipe.head == "chosen":
-        net, scores, _ = fit_probe(net, data, recipe, here, precision, reporter)
+        net, scores, _ = fit_probe(net, data, recipe, here, precision, reporter, world)
         reporter.say(f"frozen trunk: validation {scores.accuracy:.1%}; from here on the other layers train too")
     if net.spec.norm != "none":
         return net
@@ -182,7 +215,7 @@ def ready_to_train(
 
 
 def fit_probe(
-    net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter
+    net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter, world: World
 ) -> tuple[ResNet, Tally, list[Choice]]:
     """The network with a head chosen and trained on features computed once, its validation scores, and the choices."""
     probes = (LINEAR,) if recipe.head == "linear" else candidates(net.stages)
@@ -191,7 +224,7 @@ def fit_probe(
     both = data.train + data.val
     reader = with_head(net, everything, 0)
     features = Features(
-        values=extract(reader, both, here, precision, recipe.batch_size, reporter),
+        values=shared_features(reader, both, here, precision, reporter, world),
         labels=torch.tensor(both.labels),
         classes=data.classes,
         head=everything,
@@ -209,6 +242,22 @@ def fit_probe(
         reporter.say(f"the head reads {' + '.join(probe.taps)}, so {' and '.join(unread)} is left out")
     head.fill(chosen.fc)
     return chosen, scores, choices
+
+
+def shared_features(
+    net: ResNet,
+    pictures: Pictures,
+    here: Machine,
+    precision: Precision,
+    reporter: Reporter,
+    world: World,
+) -> torch.Tensor:
+    """What `extract` gives, each process having computed its share."""
+    mine = range(world.rank, len(pictures), world.size)
+    values = extract(net, pictures.subset(mine), here, precision, reporter)
+    whole = torch.zeros(len(values), len(pictures), values.shape[-1])
+    whole[:, mine] = values
+    return world.sum(whole)
 
 
 def compared(train: Features, probes: Sequence[Probe], recipe: Recipe, reporter: Reporter) -> list[Choice]:
@@ -343,6 +392,11 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
-def environment(here: Machine, precision: Precision) -> dict[str, Any]:
+def environment(here: Machine, precision: Precision, world: World) -> dict[str, Any]:
     """Machine and versions, for the run folder."""
-    return {"machine": records.to_dict(here), "precision": precision, "versions": versions()}
+    return {
+        "machine": records.to_dict(here),
+        "processes": world.size,
+        "precision": precision,
+        "versions": versions(),
+    }

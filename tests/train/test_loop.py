@@ -1,13 +1,12 @@
 """The loop: stopped and gone on with it gives the bits of not stopping; what is frozen stays; what fails says why."""
 
-import json
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from sklearn.utils.class_weight import compute_class_weight
 
 import isthmus
 from isthmus.data.augment import Augment, augmented
@@ -16,8 +15,9 @@ from isthmus.data.order import permutation, sample_generator
 from isthmus.data.transform import normalise
 from isthmus.errors import RunError
 from isthmus.evaluation.inference import Inference
-from isthmus.train.checkpoint import load_state, save_state
-from isthmus.train.loop import CHECKPOINT, LOG, Interrupted, class_weights, train_network
+from isthmus.train.checkpoint import Checkpoints, load_state, save_state
+from isthmus.train.log import read_log
+from isthmus.train.loop import LOG, Interrupted, train_network
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from oracles import relative_error
@@ -45,11 +45,21 @@ def fresh():
     return network(replace(SPEC, num_classes=2, drop_path=0.3))
 
 
+MEASURED = {"time", "pictures_per_second", "memory"}  # differs from run to run
+
+
+def log(folder) -> list[dict]:
+    """The log without what differs from run to run."""
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in read_log(folder / LOG)]
+
+
 def rows(folder) -> list[dict]:
-    found = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
-    for row in found:
-        assert row.pop("pictures_per_second") >= 0
-    return found
+    """The rows of whole epochs."""
+    return [row for row in log(folder) if "step" not in row]
+
+
+def newest(folder) -> Path:
+    return Checkpoints(folder).files()[0]
 
 
 def equal(one, other) -> bool:
@@ -93,7 +103,7 @@ def test_stopping_anywhere_changes_nothing(train, number, ema):
     recipe = replace(RECIPE, ema=ema)
     straight, wanted = train("straight", recipe)
     assert [row["epoch"] for row in rows(straight)] == [1, 2, 3]
-    wanted_state = load_state(straight / CHECKPOINT)
+    wanted_state = load_state(newest(straight))
     for steps in (1, STEPS, STEPS + 2, 3 * STEPS):  # in the middle, at the last step of an epoch, at the very last step
         handler = signal.getsignal(number)
         with pytest.raises(
@@ -103,10 +113,10 @@ def test_stopping_anywhere_changes_nothing(train, number, ema):
         assert signal.getsignal(number) is handler
         folder, found = train(f"stopped{steps}", recipe, resume=True)
         assert same(copied(wanted), copied(found)), steps
-        state = load_state(folder / CHECKPOINT)
-        for part in ("net", "optimizer", "random", "losses", *(["average"] if ema else [])):
+        state = load_state(newest(folder))
+        for part in ("net", "optimizer", "ranks", *(["average"] if ema else [])):
             assert equal(wanted_state[part], state[part]), (steps, part)
-        assert rows(folder) == rows(straight), steps
+        assert log(folder) == log(straight), steps
 
 
 def test_stopping_at_every_step(train):
@@ -116,7 +126,7 @@ def test_stopping_at_every_step(train):
             train("stopped", reporter=Stops(1), resume=resume)
     folder, found = train("stopped", resume=True)
     assert same(copied(wanted), copied(found))
-    assert rows(folder) == rows(straight)
+    assert log(folder) == log(straight)
 
 
 def test_a_crash_after_saving_changes_nothing(train, monkeypatch):
@@ -124,11 +134,11 @@ def test_a_crash_after_saving_changes_nothing(train, monkeypatch):
     straight, wanted = train("straight")
     evaluate, calls = Inference.evaluate, []
 
-    def fails(self, loader):
+    def fails(self, loader, ranks):
         calls.append(1)
         if len(calls) == 2:
             raise SystemError("the power fails")
-        return evaluate(self, loader)
+        return evaluate(self, loader, ranks)
 
     monkeypatch.setattr(Inference, "evaluate", fails)
     with pytest.raises(SystemError):
@@ -137,7 +147,18 @@ def test_a_crash_after_saving_changes_nothing(train, monkeypatch):
     monkeypatch.undo()
     folder, found = train("crashed", resume=True)
     assert same(copied(wanted), copied(found))
-    assert rows(folder) == rows(straight)
+    assert log(folder) == log(straight)
+
+
+def test_without_a_checkpoint_it_begins_anew(train):
+    straight, wanted = train("straight")
+    with pytest.raises(Interrupted):
+        train("stopped", reporter=Stops(STEPS + 1))
+    for path in Checkpoints(straight.parent / "stopped").files():
+        path.unlink()
+    folder, found = train("stopped", resume=True)
+    assert same(copied(wanted), copied(found))
+    assert log(folder) == log(straight)
 
 
 def test_a_finished_run_resumes_to_itself(train):
@@ -185,33 +206,28 @@ def test_warm_up_leaves_time_to_cool_down(train):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_diverging_run_names_the_rate(train, optimizer):
-    with pytest.raises(RunError, match=r"loss is nan in .*epoch.*lower --lr \(now 1e\+30\)"):
+    with pytest.raises(
+        RunError, match=r"not a number in step [1-3] of epoch 1; .*pictures: .*lower --lr \(now 1e\+30\)"
+    ):
         train(recipe=replace(RECIPE, lr=1e30, optimizer=optimizer, ema=0.0))
 
 
 def test_a_diverging_epoch_leaves_the_state_before_it(train, monkeypatch):
     straight, _ = train("straight", replace(RECIPE, epochs=3))
     before = rows(straight)[:1]
-    rate = isthmus.train.loop.learning_rate
+    rate = isthmus.train.step.rate
 
-    def explodes(step, **options):
-        return 1e30 if step == STEPS else rate(step, **options)
+    def explodes(recipe, step, steps):
+        return 1e30 if step == STEPS else rate(recipe, step, steps)
 
-    monkeypatch.setattr(isthmus.train.loop, "learning_rate", explodes)
-    with pytest.raises(RunError, match=r"in epoch 2; .*the state before this epoch is in .*checkpoint\.pt"):
+    monkeypatch.setattr(isthmus.train.step, "rate", explodes)
+    with pytest.raises(RunError, match=r"of epoch 2; .*the state before it is in .*step-000000003\.pt"):
         train("exploded", replace(RECIPE, epochs=3))
     folder = straight.parent / "exploded"
     assert rows(folder) == before
-    state = load_state(folder / CHECKPOINT)
+    state = load_state(newest(folder))
     assert (state["epoch"], state["step"]) == (0, STEPS)
     assert all(bool(torch.isfinite(tensor).all()) for tensor in state["net"].values())
-
-
-def test_class_weights_are_those_of_scikit_learn(data, here):
-    found = class_weights(data, here.torch_device)
-    labels = list(data.train.labels)
-    assert found.numpy() == pytest.approx(compute_class_weight("balanced", classes=np.array([0, 1]), y=labels))
-    assert found[0] > found[1]
 
 
 def test_averages_cover_parameters_and_statistics(train):
@@ -274,7 +290,7 @@ def test_steps_are_those_of_a_plain_loop(train, data, here, optimizer):
         target = torch.full((6, 2), 0.05)  # smoothed by 0.1
         target[torch.arange(6), labels] = 0.95
         likely = (logits.log_softmax(1) * target * weight).sum(1)
-        loss = -likely.sum() / weight[labels].sum()
+        loss = -likely.sum() / 6
         for head, each in kinds.items():
             for group in each.param_groups:
                 group["lr"] = rate * (5 if head else 1)
@@ -289,7 +305,6 @@ def test_steps_are_those_of_a_plain_loop(train, data, here, optimizer):
 
 
 DAMAGE = {
-    "missing": lambda path: path.unlink(),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no checkpoint"),
     "truncated": lambda path: path.write_bytes(path.read_bytes()[:-500]),
@@ -308,9 +323,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named(train, damage):
     with pytest.raises(Interrupted):
         train(reporter=Stops(2))
     folder, _ = train("other", replace(RECIPE, epochs=1))
-    path = folder.parent / "run" / CHECKPOINT
+    path = newest(folder.parent / "run")
     DAMAGE[damage](path)
-    with pytest.raises(RunError, match=r"run/checkpoint\.pt"):
+    with pytest.raises(RunError, match=r"run/checkpoints/step-|another network"):
         train(resume=True)
 
 
@@ -320,8 +335,8 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path):
             return (open, (str(tmp_path / "ran"), "w"))
 
     folder, _ = train(recipe=replace(RECIPE, epochs=1))
-    torch.save({"schema": 2, "net": Runs()}, folder / CHECKPOINT)
-    with pytest.raises(RunError, match=r"checkpoint\.pt"):
+    torch.save({"schema": 2, "net": Runs()}, newest(folder))
+    with pytest.raises(RunError, match=r"checkpoints/step-"):
         train(recipe=replace(RECIPE, epochs=1), resume=True)
     assert not (tmp_path / "ran").exists()
 

@@ -1,37 +1,40 @@
-"""Gradient training, top to bottom: one loop, exact on resume, that saves itself when it is told to stop."""
+"""Gradient training, top to bottom: one loop for one process and for many, exact on resume, that saves itself."""
 
-import json
-import math
 import signal
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from isthmus.atomic import atomic_write
-from isthmus.data.loader import Loader
+from isthmus.data.loader import Batch, Loader
 from isthmus.data.sources import DataSet
-from isthmus.data.transform import normalise
 from isthmus.errors import RunError
 from isthmus.evaluation.inference import Inference
-from isthmus.nn.batchnorm import freeze_batchnorm
+from isthmus.evaluation.metrics import Tally
+from isthmus.messages import listed
+from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
 from isthmus.nn.freeze import freeze
+from isthmus.nn.memory import save_memory
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision
-from isthmus.train.checkpoint import load_state, random_state, restore_random_state, save_state
-from isthmus.train.optim import learning_rate, make_optimizer
+from isthmus.train.checkpoint import Checkpoints
+from isthmus.train.compiled import try_compiling
+from isthmus.train.distributed import World, accumulated, parallel
+from isthmus.train.log import Log
+from isthmus.train.pace import Pace
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
+from isthmus.train.schedule import rate, training_size
+from isthmus.train.state import RunState
+from isthmus.train.step import Forward, move
+from isthmus.train.watch import Watch, first_not_finite, memory_in_use
 
-__all__ = ["CHECKPOINT", "LOG", "Interrupted", "train_network", "write_log"]
+__all__ = ["LOG", "Interrupted", "train_network"]
 
-CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
+LOG = "log.jsonl"
+ROWS = 20  # of an epoch in the log
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,148 +48,165 @@ def train_network(
     machine: Machine,
     run: Path,
     reporter: Reporter,
+    world: World | None = None,
     *,
     resume: bool = False,
-) -> ResNet:
-    """Train `net` in place and return the network to use: the averaged one with `recipe.ema`, else `net` itself.
+) -> tuple[ResNet, Tally]:
+    """Train `net` in place; the network to use (the averaged one with `recipe.ema`, else `net`) and its scores.
 
-    Writes `log.jsonl` and, at the end of every epoch and on Ctrl-C or SIGTERM, `checkpoint.pt` in the folder `run`.
-    Raises Interrupted after saving, RunError when the loss is not a number or the state cannot be saved or read.
+    Writes in the folder `run`: `log.jsonl`, `best.safetensors`, and `checkpoints/` at the end of every epoch, every
+    `recipe.save_every` steps, and on Ctrl-C or SIGTERM. Raises Interrupted after saving, RunError when the loss is not
+    a number or the state cannot be saved or read.
     """
-    device = machine.torch_device
+    world, device = world or World(), machine.torch_device
     precision: Precision = machine.precision if recipe.precision == "auto" else recipe.precision
-    train = Loader(
+    torch.manual_seed(recipe.seed + world.rank)
+    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for name, child in net.named_children():
+        if name != "fc" and not recipe.train_norm:  # the head's own norm follows its features as they move
+            freeze_batchnorm(child)
+    if recipe.sync_norm:
+        synchronise_batchnorm(net)
+    if plain_only := save_memory(net, recipe.memory):
+        reporter.say(f"{listed(plain_only)} cannot recompute its parts and is run twice as a whole")
+    freeze(net, recipe.freeze)
+    forward = Forward.of(net, data, recipe, machine, precision)
+    state = RunState.start(net, recipe, device, scaled=precision == "fp16")
+    checkpoints, saved = Checkpoints(run), None
+    if resume and (saved := checkpoints.latest(reporter)):
+        state.restore(saved, world)
+    elif resume:
+        reporter.say(f"{run} holds no checkpoint; training begins anew")
+    log = Log(run / LOG, saved["log"] if saved else 0, reporter) if world.main else None
+    watch = Watch(device, gradients=precision != "fp16")
+    model = plain = parallel(net, world)
+    scores = Tally(data.classes)
+
+    with stop_signals() as stop:
+        for epoch in range(state.epoch, recipe.epochs):
+            train = training_loader(data, recipe, net, epoch, world)
+            name, size, every = f"epoch {epoch + 1}/{recipe.epochs}", train.step_size, -(-train.steps // ROWS)
+            pace, taken, row = Pace(), list[Batch](), dict[str, Any]()
+            net.train()
+            for batch in pace.over(train.epoch(epoch, state.step)):
+                inputs, taken = forward.inputs(batch, epoch), [*taken, batch]
+                if recipe.compile and state.compiled is not False and model is plain:
+                    model, trial = try_compiling(plain, inputs.images, machine, precision, world)
+                    state.compiled = trial.wins
+                    reporter.say(str(trial))
+                last = batch.part == batch.parts - 1
+                with accumulated(model, last=last):
+                    loss = forward.loss(model, inputs)
+                    watch.take(loss)
+                    state.scaler.scale(loss / size).backward()  # type: ignore[no-untyped-call]
+                state.losses += loss.detach()
+                if not last:
+                    continue
+                if not watch.fine(net):
+                    where = first_not_finite(net, (forward.loss(net, forward.inputs(each, epoch)) for each in taken))
+                    raise RunError(not_a_number(where, taken, data, state, recipe, checkpoints))
+                lr, taken = move(state, recipe, train.steps), []
+                done, ends = epoch * train.steps + state.step, state.step == train.steps
+                if state.step % every == 0 or ends:
+                    row = {
+                        "epoch": epoch + 1,
+                        "step": done,
+                        "loss": state.recent_loss(world, size * ((state.step - 1) % every + 1)),
+                        "lr": lr,
+                    }
+                    row |= {"pictures_per_second": pace.rate * world.size, "memory": memory_in_use(device)}
+                    if log is not None:
+                        log.add(row)
+                reporter.progress(name, state.step * size, train.steps * size, row)
+                stopped = world.any(bool(stop))
+                if stopped or ends or (recipe.save_every and state.step % recipe.save_every == 0):
+                    whole = state.to_dict(world)
+                    if log is not None:
+                        checkpoints.save(whole | {"log": log.length()}, step=done)
+                if stopped:
+                    raise Interrupted(f"stopped in epoch {epoch + 1} after {state.step} of {train.steps} steps")
+
+            scores = Inference(state.used, machine, precision).evaluate(
+                validation_loader(data, recipe, net, world), world
+            )
+            row = {
+                "epoch": epoch + 1,
+                "loss": state.mean_loss(world, train.steps * size),
+                "lr": rate(recipe, (epoch + 1) * train.steps - 1, train.steps),
+                "pictures_per_second": pace.rate * world.size,
+                "val_accuracy": scores.accuracy,
+                "val_balanced_accuracy": scores.balanced_accuracy,
+                "val_loss": scores.loss,
+            }
+            if log is not None:
+                log.add(row)
+                checkpoints.save_best(state.used, log.rows)
+            state.begin_epoch(epoch + 1)
+            reporter.say(
+                f"{name}: loss {row['loss']:.3f}, validation {scores.accuracy:.1%} "
+                f"(balanced {scores.balanced_accuracy:.1%}), {row['pictures_per_second']:.1f} pictures/s"
+            )
+    return state.used, scores
+
+
+def training_loader(data: DataSet, recipe: Recipe, net: ResNet, epoch: int, world: World) -> Loader:
+    """The pictures of an epoch as this process sees them."""
+    return Loader(
         pictures=data.train,
         record=net.preprocess,
         batch_size=recipe.batch_size,
         train=True,
         augment=recipe.augment,
+        size=training_size(recipe, epoch, net.preprocess.crop),
+        balanced=recipe.balance == "sampling",
         seed=recipe.seed,
+        rank=world.rank,
+        ranks=world.size,
+        micro_batch=recipe.micro_batch,
     )
-    val = Loader(pictures=data.val, record=net.preprocess, batch_size=recipe.batch_size, train=False)
-    total = recipe.epochs * train.steps
-    warmup = min(round(recipe.warmup_epochs * train.steps), total // 2)  # however short the run, it also cools down
 
-    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for name, child in net.named_children():
-        if name != "fc" and not recipe.train_norm:  # the head's own norm follows its features as they move
-            freeze_batchnorm(child)
-    freeze(net, recipe.freeze)
-    optimizer = make_optimizer(net, recipe)
-    scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    blend = get_ema_multi_avg_fn(recipe.ema)  # type: ignore[no-untyped-call]
-    average = AveragedModel(net, multi_avg_fn=blend, use_buffers=True) if recipe.ema else None
-    parts: dict[str, Any] = {"net": net, "optimizer": optimizer, "scaler": scaler} | (
-        {"average": average} if average else {}
+
+def validation_loader(data: DataSet, recipe: Recipe, net: ResNet, world: World) -> Loader:
+    """This process's share of the validation pictures."""
+    return Loader(
+        pictures=data.val,
+        record=net.preprocess,
+        batch_size=recipe.batch_size,
+        train=False,
+        rank=world.rank,
+        ranks=world.size,
     )
-    weights = class_weights(data, device) if recipe.balance == "weights" else None
-    checkpoint = run / CHECKPOINT
-    first_epoch = step = seen = 0
-    losses = torch.zeros((), device=device)
-    rows: list[dict[str, Any]] = []
-    torch.manual_seed(recipe.seed)
-    if resume:
-        state = load_state(checkpoint)
-        try:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-        except (KeyError, ValueError, RuntimeError) as error:
-            raise RunError(f"{checkpoint} is of another network or recipe than this run; start the run anew") from error
-        restore_random_state(state["random"], device)
-        first_epoch, step, seen, rows = state["epoch"], state["step"], state["seen"], state["log"]
-        losses = state["losses"].to(device)
-
-    with stop_signals() as stop:
-        for epoch in range(first_epoch, recipe.epochs):
-            net.train()
-            began, before = time.perf_counter(), seen
-            for batch in train.epoch(epoch, step):
-                rate = learning_rate(epoch * train.steps + batch.step, peak=recipe.lr, warmup=warmup, total=total)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * group["lr_factor"]
-                images = normalise(batch.images.to(device), net.preprocess).contiguous(
-                    memory_format=torch.channels_last
-                )
-                with machine.autocast(precision):
-                    logits = net(images)
-                loss = F.cross_entropy(
-                    logits.float(), batch.labels.to(device), weight=weights, label_smoothing=recipe.label_smoothing
-                )
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-                scaler.step(optimizer)
-                scaler.update()
-                if average is not None:
-                    average.update_parameters(net)
-                seen, losses = seen + len(images), losses + loss.detach() * len(images)
-                reporter.progress(
-                    f"epoch {epoch + 1}/{recipe.epochs}",
-                    batch.step * recipe.batch_size + len(images),
-                    min(train.steps * recipe.batch_size, len(data.train)),
-                )
-                step = batch.step + 1
-                if stop:
-                    break
-            speed = (seen - before) / (time.perf_counter() - began)
-            mean_loss = float(losses) / max(seen, 1)
-            if not math.isfinite(mean_loss):
-                raise RunError(
-                    f"the training loss is {mean_loss} in epoch {epoch + 1}; lower --lr (now {recipe.lr}); the state "
-                    f"before this epoch is in {checkpoint}"
-                    if epoch
-                    else f"the training loss is {mean_loss} in the first epoch; lower --lr (now {recipe.lr})"
-                )
-            states: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-            place = {"epoch": epoch, "step": step, "seen": seen, "losses": losses, "log": rows}
-            save_state(checkpoint, states | place | {"random": random_state(device)})
-            if stop:
-                raise Interrupted(f"stopped in epoch {epoch + 1} after {step} of {train.steps} steps")
-            step, seen, losses = 0, 0, torch.zeros((), device=device)
-            used = averaged(average) if average is not None else net
-            scores = Inference(used, machine, precision).evaluate(val)
-            row = {
-                "epoch": epoch + 1,
-                "loss": mean_loss,
-                "lr": learning_rate((epoch + 1) * train.steps - 1, peak=recipe.lr, warmup=warmup, total=total),
-                "pictures_per_second": speed,
-                "val_accuracy": scores.accuracy,
-                "val_balanced_accuracy": scores.balanced_accuracy,
-                "val_loss": scores.loss,
-            }
-            rows = [*rows, row]
-            write_log(run / LOG, rows)
-            reporter.say(
-                f"epoch {epoch + 1}/{recipe.epochs}: loss {mean_loss:.3f}, validation {scores.accuracy:.1%} "
-                f"(balanced {scores.balanced_accuracy:.1%}), {speed:.1f} pictures/s"
-            )
-    return averaged(average) if average is not None else net
 
 
-def averaged(average: AveragedModel) -> ResNet:
-    """The network that holds the averaged weights."""
-    return cast("ResNet", average.module)
-
-
-def class_weights(data: DataSet, device: torch.device) -> Tensor:
-    """Weights of the loss under which every class counts alike: pictures / (classes × pictures of the class)."""
-    counts = torch.tensor(list(data.train.counts().values()), dtype=torch.float32, device=device)
-    return counts.sum() / (len(counts) * counts)
-
-
-def write_log(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """One JSON line a row, all rows anew, so that the log never tells of steps that the saved state has not taken."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+def not_a_number(
+    where: str, taken: Sequence[Batch], data: DataSet, state: RunState, recipe: Recipe, checkpoints: Checkpoints
+) -> str:
+    """What to say of a step whose loss or gradients are no numbers."""
+    names = listed(data.train.name(index) for batch in taken for index in batch.indices.tolist())
+    files = checkpoints.files()
+    return (
+        f"the loss is not a number in step {state.step + 1} of epoch {state.epoch + 1}; it begins "
+        f"{where or 'nowhere when the same pictures are tried again'}; pictures: {names}; lower --lr (now {recipe.lr})"
+        + (f"; the state before it is in {files[0]}" if files else "")
+    )
 
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that Ctrl-C and SIGTERM write themselves into, so that the loop can stop between two steps."""
+    """A list that Ctrl-C and SIGTERM write themselves into, so that the loop can stop between two steps.
+
+    The second one ends the process at once, as if nobody listened.
+    """
     received: list[int] = []
-    handlers = {}
+    handlers: dict[int, Any] = {}
+
+    def receive(number: int, _frame: Any) -> None:
+        received.append(number)
+        signal.signal(number, handlers[number])
+
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, lambda signum, _frame: received.append(signum))
+        for wanted in (signal.SIGINT, signal.SIGTERM):
+            handlers[wanted] = signal.signal(wanted, receive)
     except ValueError:  # not the main thread: the caller handles signals
         pass
     try:

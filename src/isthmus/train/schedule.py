@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from isthmus.train.recipe import Recipe
 
-__all__ = ["learning_rate", "rate"]
+__all__ = ["learning_rate", "rate", "training_size"]
 
 FALLS: dict[str, Callable[[float], float]] = {
     "cosine": lambda part: 0.5 * (1 + math.cos(math.pi * part)),  # Loshchilov & Hutter 2016
@@ -33,3 +33,15 @@ def learning_rate(
         return peak * (step + 1) / warmup
     dropped: int = sum(step >= round(drop * total) for drop in drops)
     return peak * FALLS[schedule]((step - warmup) / max(total - warmup, 1)) * 0.1**dropped
+
+
+def training_size(recipe: Recipe, epoch: int, evaluated: int) -> int:
+    """Pixels a side of the training crop in an epoch; `evaluated` is the evaluation's.
+
+    From `start_size` it grows evenly to its full size over the run, in steps of 32 pixels.
+    """
+    full = recipe.train_size or evaluated
+    if not recipe.start_size or epoch == recipe.epochs - 1:
+        return full
+    grown = recipe.start_size + (full - recipe.start_size) * epoch / (recipe.epochs - 1)
+    return min(full, recipe.start_size + int(grown - recipe.start_size) // 32 * 32)

@@ -1,0 +1,85 @@
+"""One training step in its pieces: what the network takes of a batch, the loss of it, and the move of the weights."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from isthmus.data.loader import Batch
+from isthmus.data.mixing import mix
+from isthmus.data.sources import DataSet
+from isthmus.data.transform import normalise
+from isthmus.nn.network import ResNet
+from isthmus.runtime import Machine, Precision
+from isthmus.train.loss import Objective, class_weights
+from isthmus.train.recipe import Recipe
+from isthmus.train.schedule import rate
+from isthmus.train.state import RunState
+
+__all__ = ["Forward", "Inputs", "move"]
+
+
+class Inputs(NamedTuple):
+    """What the network and the objective take of a batch."""
+
+    images: Tensor
+    targets: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Forward:
+    """From a batch to its loss."""
+
+    net: ResNet
+    recipe: Recipe
+    objective: Objective
+    machine: Machine
+    precision: Precision
+    classes: int
+
+    @classmethod
+    def of(cls, net: ResNet, data: DataSet, recipe: Recipe, machine: Machine, precision: Precision) -> "Forward":
+        """As a recipe says; `net` is on its device."""
+        balanced = recipe.balance == "weights"
+        weights = class_weights(list(data.train.counts().values())).to(machine.torch_device) if balanced else None
+        objective = Objective(kind=recipe.loss, smoothing=recipe.label_smoothing, weights=weights)
+        return cls(
+            net=net,
+            recipe=recipe,
+            objective=objective,
+            machine=machine,
+            precision=precision,
+            classes=len(data.classes),
+        )
+
+    def inputs(self, batch: Batch, epoch: int) -> Inputs:
+        """Normalised, channels_last and mixed, on the network's device."""
+        device = self.machine.torch_device
+        images = normalise(batch.images.to(device), self.net.preprocess).contiguous(memory_format=torch.channels_last)
+        at = {"seed": self.recipe.seed, "epoch": epoch, "step": batch.step}
+        return Inputs(*mix(images, batch.labels.to(device), self.recipe.augment, classes=self.classes, **at))
+
+    def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
+        """The summed loss of the batch under `model`, which is the network or a wrapped or compiled form of it."""
+        with self.machine.autocast(self.precision):
+            logits = model(inputs.images)
+        return self.objective(logits, inputs.targets)
+
+
+def move(state: RunState, recipe: Recipe, steps: int) -> float:
+    """Let the optimiser take the next step, of `steps` in an epoch, and the average follow; the rate that it took."""
+    step = state.epoch * steps + state.step
+    lr = rate(recipe, step, steps)
+    for group in state.optimizer.param_groups:
+        group["lr"] = lr * group["lr_factor"]
+    state.scaler.unscale_(state.optimizer)
+    if recipe.clip_norm:
+        torch.nn.utils.clip_grad_norm_(state.net.parameters(), recipe.clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad()
+    state.step += 1
+    if state.average is not None and (step + 1) % recipe.ema_every == 0:
+        state.average.update_parameters(state.net)
+    return lr
