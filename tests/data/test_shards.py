@@ -13,17 +13,22 @@ import braceexpand
 import fsspec
 import numpy as np
 import pytest
+import torch
 import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from isthmus.arch.preprocess import IMAGENET
 from isthmus.data import pictures as pictures_module
 from isthmus.data import shards
+from isthmus.data.loader import Batch, Loader
 from isthmus.data.pictures import Pictures
 from isthmus.data.shard_index import INDEX, load_index, save_index
+from isthmus.data.shard_writer import write_shards
 from isthmus.data.shards import expand_braces, open_shards
 from isthmus.data.sources import open_data, open_pictures
 from isthmus.errors import DataError
+from small_runs import class_folders
 from web_server import Web, serving
 
 
@@ -379,3 +384,50 @@ def test_remote_pictures_are_read_shard_by_shard_and_brought_ahead(web: Web, mon
 def test_local_pictures_come_in_any_order(indexed: Path):
     pictures = open_shards(str(indexed))
     assert np.array_equal(pictures.shuffled(3, 2), Pictures.unlabelled(map(str, range(40))).shuffled(3, 2))
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """Eight real pictures in shards of two, with their index."""
+    pictures = open_pictures(str(class_folders(tmp_path / "pictures", {"flower": 4, "temple": 4})))
+    write_shards({"all": pictures}, tmp_path / "photographs", per_shard=2)
+    return tmp_path / "photographs"
+
+
+def batches(pictures: Pictures, **options) -> tuple[Loader, list[Batch]]:
+    defaults = {"record": IMAGENET.at(32), "batch_size": 3, "train": False, "threads": 2}
+    loader = Loader(pictures=pictures, **{**defaults, **options})
+    return loader, list(loader.epoch(0))
+
+
+def test_batches_from_shards_are_those_from_files(photographs: Path):
+    stored = open_pictures(str(photographs))
+    order = [int(stored.name(index).rpartition("/")[2].partition(".")[0]) for index in range(8)]
+    files = open_pictures(str(photographs.parent / "pictures")).subset(order)
+    for one, other in zip(batches(stored)[1], batches(files)[1], strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.labels, other.labels)
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "a picture"])
+def test_a_corrupt_shard_stops_the_loader_or_is_skipped_with_its_name(photographs: Path, damage):
+    path = photographs / "all-000001.tar"
+    whole = path.read_bytes()
+    bad = [2, 3]
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(whole[:2000])
+    else:  # the content of one picture, and nothing else
+        bad = [3]
+        start = int(open_pictures(str(photographs)).identity(3)[3])
+        path.write_bytes(whole[:start] + bytes(200) + whole[start + 200 :])
+    pictures = open_pictures(str(photographs))
+    with pytest.raises(DataError, match=r"all-000001\.tar"):
+        batches(pictures)
+    loader, kept = batches(pictures, on_error="skip")
+    assert torch.cat([batch.indices for batch in kept]).tolist() == [index for index in range(8) if index not in bad]
+    assert sorted(loader.unreadable) == bad
+    assert all("all-000001.tar" in reason for reason in loader.unreadable.values())
+    trained = batches(pictures, on_error="skip", train=True, batch_size=4)[1]
+    assert [len(batch.indices) for batch in trained] == [4, 4]
