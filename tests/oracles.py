@@ -128,6 +128,20 @@ def traced(net: nn.Module, shape: tuple[int, ...]) -> tuple[dict[str, tuple[int,
     return shapes, counter.get_total_flops()
 
 
+def saved_bytes(net: nn.Module, x: Tensor) -> int:
+    """Bytes that wait for backward after `net(x)`, each storage once, without parameters and buffers."""
+    held = {tensor.untyped_storage().data_ptr() for tensor in (*net.parameters(), *net.buffers())}
+    saved: dict[int, Tensor] = {}  # holding them, so that no storage is freed and its place taken by another
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        net(x)
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in saved.items() if place not in held)
+
+
 def assert_plan_is_true(net: ResNet) -> None:
     """Parameters, MACs and every map of the plan against the network itself."""
     found = cost(net.plan)

@@ -1,5 +1,7 @@
 """One torch module for each kind of layer on paper."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -99,7 +101,11 @@ class BlurPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H / stride, W / stride), rounded up."""
-        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), self.kernel, stride=self.stride, groups=self.channels)
+        here = x.device.type
+        # On the CPU autocast pads in fp32, which changes no value and copies every map twice.
+        with torch.autocast(here, enabled=False) if torch.is_autocast_enabled(here) else nullcontext():
+            padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
+        return F.conv2d(padded, self.kernel, stride=self.stride, groups=self.channels)
 
 
 class ZeroPad(nn.Module):

@@ -109,7 +109,9 @@ class ResNet(nn.Module):
                 x = module(x)
             return x
 
-        return in_memory(self.memory, call, x, parent=self, inside=inside, steps=stem_steps(self.plan.stem))
+        return in_memory(
+            self.memory, call, x, parent=self, inside=inside, steps=stem_steps(self.plan.stem, self.spec.activation)
+        )
 
     def pooled(self, x: Tensor, *, after: str = "", known: Mapping[str, Tensor] | None = None) -> Tensor:
         """What the classifier sees: (N, plan.num_features).
