@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from isthmus.data import shard_writer
 from isthmus.data.sources import open_data, open_pictures
 from small_runs import class_folders
 
@@ -25,6 +26,24 @@ def test_shards(isthmus, folder, tmp_path):
     assert result.err == f"left out {folder}/train/temple/0.jpg: it cannot be read\n"
     data = open_data(str(out))
     assert (data.train.counts(), data.val.counts()) == ({"flower": 5, "temple": 3}, {"flower": 2, "temple": 3})
+
+
+def test_stopped(isthmus, folder, tmp_path, monkeypatch):
+    fill, left = shard_writer._fill, [1]
+
+    def stopping(path, **rest):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        fill(path, **rest)
+
+    monkeypatch.setattr(shard_writer, "_fill", stopping)
+    command = ("shards", str(folder), str(tmp_path / "out"), "--pictures-per-shard", "3")
+    stopped = isthmus(*command)
+    assert (stopped.status, stopped.err) == (130, "stopped; the same command goes on\n")
+    monkeypatch.setattr(shard_writer, "_fill", fill)
+    assert isthmus(*command).status == 0
+    assert len(open_data(str(tmp_path / "out")).train) == 9
 
 
 def test_json(isthmus, folder, tmp_path):

@@ -318,6 +318,9 @@ def test_over_http(web: Web):
     asked = len(web.asked)
     assert contents(again) == contents(pictures)
     assert len(web.asked) == asked
+    del web.files["/set/index.safetensors"]
+    with pytest.raises(DataError, match=r"where files cannot be listed, name them: \.\.\./train-\{000\.\.123\}\.tar"):
+        open_shards(f"{web.address}/set")
     without = open_shards(f"{web.address}/set/x-{{000000..000005}}.tar")
     assert (contents(without), without.labels.tolist()) == (contents(pictures), pictures.labels.tolist())
 

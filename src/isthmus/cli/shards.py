@@ -32,7 +32,11 @@ def shards(data: str, out: Path, *, pictures_per_shard: int = 1000, resize: int 
     train, val = open_sides(data)
     sides = {"all": train} if val is None else {"train": train, "val": val}
     with TerminalReporter() as reporter:
-        written = write_shards(sides, out, per_shard=pictures_per_shard, resize=resize, progress=reporter.progress)
+        try:
+            written = write_shards(sides, out, per_shard=pictures_per_shard, resize=resize, progress=reporter.progress)
+        except KeyboardInterrupt:
+            reporter.say("stopped; the same command goes on")
+            sys.exit(130)
     if as_json:
         print(json.dumps({"out": str(out), "sides": [to_dict(side) for side in written]}, indent=2))  # noqa: T201
     else:

@@ -33,6 +33,7 @@ __all__ = ["CLASS_FILES", "Shards", "expand_braces", "open_shards"]
 
 CLASS_FILES = ("classes.txt", "classes.json")  # the names of the classes: one a line, or a list
 WAITS = (0.0, 0.5, 2.0, 8.0, 30.0)  # seconds before each try to bring a file
+SILENCE = 60.0  # seconds without a byte after which a try has failed
 GIVEN_UP = 60.0  # seconds in which a file that could not be brought is not asked for again
 AT_ONCE = 4  # shards that are brought or scanned side by side
 _slots = threading.Semaphore(AT_ONCE)
@@ -130,9 +131,7 @@ def open_shards(ref: str) -> Pictures:
     themselves, or else by their numbers. Raises DataError saying which shard is damaged, missing or unlabelled.
     """
     with _understood(ref):
-        from fsspec.core import url_to_fs
-
-        system, path = url_to_fs(ref)
+        system, path = _system(ref)
         local = "file" in np.atleast_1d(system.protocol)
         path = path.rstrip("/")
         listed_folder = not path.endswith(".tar")
@@ -239,8 +238,26 @@ def _matching(system: Any, patterns: Sequence[str]) -> list[str]:
     """The files that patterns name, each once; a name without * and ? is taken as it is."""
     found: dict[str, None] = {}
     for pattern in patterns:
-        found |= dict.fromkeys(sorted(system.glob(pattern)) if re.search(r"[*?]", pattern) else [pattern])
+        if not re.search(r"[*?]", pattern):
+            found[pattern] = None
+        else:
+            with suppress(FileNotFoundError):  # a web server that lists no files
+                found |= dict.fromkeys(sorted(system.glob(pattern)))
     return list(found)
+
+
+def _system(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it."""
+    from fsspec.core import url_to_fs
+
+    options: dict[str, Any] = {}
+    if address.startswith(("http://", "https://")):  # whose client gives up large files after five minutes
+        from aiohttp import ClientTimeout
+
+        timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        options = {"client_kwargs": {"timeout": timeout, "trust_env": True}}  # proxies are those of the environment
+    system, path = url_to_fs(address, **options)
+    return system, path
 
 
 @contextmanager
@@ -315,14 +332,12 @@ def _used(path: Path) -> bool:
 
 def _download(address: str, part: Path, size: int | None) -> None:
     """Fill a local file; raises DataError with the address when no try succeeds, OSError for a full disk."""
-    from fsspec.core import url_to_fs
-
     reason = ""
     for wait in WAITS:
         time.sleep(wait)
         try:
             with _understood(address):
-                system, path = url_to_fs(address)
+                system, path = _system(address)
             system.get_file(path, str(part))
         except FileNotFoundError as error:
             raise DataError(f"{address} is not there, or cannot be reached; is the data complete?") from error
