@@ -113,6 +113,8 @@ def train(
         except Interrupted as stopped:
             reporter.say(str(stopped))
             sys.exit(130)
+    if reporter.bar.console.quiet:  # of many processes one speaks
+        return
     if as_json:
         print(json.dumps(run.scores.to_dict() | {"run": str(run.folder), "seconds": run.seconds}, indent=2))  # noqa: T201
         return
