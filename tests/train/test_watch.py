@@ -1,6 +1,9 @@
 """Values that are no numbers are found where they are made; errors of memory are told from others."""
 
+import json
 import math
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from isthmus.nn.memory import save_memory
-from isthmus.train.watch import Watch, first_not_finite, memory_in_use, not_finite, out_of_memory
+from isthmus.train.recipe import Recipe
+from isthmus.train.watch import Watch, first_not_finite, memory_explained, memory_in_use, not_finite, out_of_memory
 from small_runs import network, same
 
 CONVOLUTIONS = [name for name, module in network().named_modules() if isinstance(module, nn.Conv2d)]
@@ -158,3 +162,59 @@ def test_memory_in_use_is_that_of_the_process():
     after = memory_in_use(torch.device("cpu"))
     assert after == pytest.approx(peak, rel=0.05)
     assert after > held.nbytes
+
+
+def test_other_errors_pass(here):
+    recipe = Recipe(data="pictures", weights="w", freeze="none")
+    with pytest.raises(RuntimeError, match="size of tensor"), memory_explained(network(), recipe, here, "fp32", 1):
+        torch.ones(2) + torch.ones(3)
+
+
+SHORT = """
+import json, resource, sys
+import torch
+import isthmus
+from isthmus.errors import RunError
+from isthmus.nn.memory import save_memory
+from isthmus.runtime import machine
+from isthmus.train.recipe import Recipe, override
+from isthmus.train.watch import memory_explained
+
+torch.set_num_threads(1)
+torch.backends.mkldnn.enabled = False  # which maps memory for code of its own, after every failure again
+recipe = Recipe(data="pictures", arch="resnet10t", freeze="none", batch_size=128)
+net = isthmus.create("resnet10t", num_classes=2).train()
+net.preprocess = net.preprocess.at(64)
+
+def train(recipe):
+    save_memory(net, recipe.memory)
+    with memory_explained(net, recipe, machine("cpu"), "fp32", 1):
+        for images in torch.zeros(recipe.batch_size, 3, 64, 64).split(recipe.micro_batch or recipe.batch_size):
+            net(images).sum().backward()
+
+train(override(recipe, ("batch_size=2",)))
+held = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (held + 120_000_000, resource.RLIM_INFINITY))
+settings, told = (), []
+for attempt in range(9):
+    try:
+        train(override(recipe, settings))
+        break
+    except RunError as error:
+        told.append(str(error))
+        settings = tuple(told[-1].split("try ")[1].split(",")[0].split(";")[0].replace("--set ", "").split())
+print(json.dumps([told, settings]))
+"""
+
+
+def test_advice_on_memory_comes_to_what_fits():
+    """A real process that may hold 120 MB more: what it is told to try fits in the end."""
+    found = subprocess.run([sys.executable, "-c", SHORT], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    told, settings = json.loads(found.stdout)
+    assert "cpu has no memory left for 128 pictures at once" in told[0]
+    assert told[0].endswith(
+        "; try --set micro_batch=64, or try --set memory=recompute, or try --set memory=checkpoint; "
+        "what was saved last is whole"
+    )
+    assert int(settings[0].removeprefix("micro_batch=")) <= 64

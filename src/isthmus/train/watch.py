@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from isthmus.errors import RunError
-from isthmus.messages import listed
+from isthmus.arch.memory import Memory, largest_batch, training_memory
+from isthmus.arch.plan import plan
+from isthmus.errors import RunError, SpecError
+from isthmus.messages import first_line, listed
+from isthmus.nn.network import ResNet
+from isthmus.runtime import Machine, Precision
+from isthmus.train.recipe import Recipe
 
-__all__ = ["Watch", "first_not_finite", "memory_in_use", "not_finite", "out_of_memory"]
+__all__ = ["Watch", "first_not_finite", "memory_explained", "memory_in_use", "not_finite"]
 
+MODES: tuple[Memory, ...] = (
+    "plain",
+    "recompute",
+    "checkpoint",
+)  # each holds less and computes more than the one before
 EVERY = 50  # steps between two looks at gradients that lie on a GPU
 
 
@@ -143,9 +153,57 @@ def tensors(value: Any) -> Iterator[Tensor]:
             yield from tensors(each)
 
 
+@contextmanager
+def memory_explained(net: ResNet, recipe: Recipe, machine: Machine, precision: Precision, ranks: int) -> Iterator[None]:
+    """A context in which running out of memory raises a RunError that says which batch or memory mode would do."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        share = recipe.micro_batch or recipe.batch_size // ranks
+        ways = ", or ".join(fitting(net, recipe, machine, precision, ranks)) or "take a smaller network or picture"
+        raise RunError(
+            f"{machine.device} has no memory left for {share} pictures at once ({first_line(error)}); {ways}; what was "
+            f"saved last is whole"
+        ) from error
+
+
+def fitting(net: ResNet, recipe: Recipe, machine: Machine, precision: Precision, ranks: int) -> list[str]:
+    """Settings that fit by calculation when those of the recipe did not, the one that computes least first.
+
+    The batch stays; it is divided into the largest equal parts that fit into nine tenths of the memory.
+    """
+    drawn = plan(net.spec, recipe.train_size or net.preprocess.crop)
+    how: dict[str, Any] = {"precision": precision, "optimizer": recipe.optimizer, "ema": recipe.ema > 0}
+    share = recipe.batch_size // ranks
+    try:
+        tried = training_memory(drawn, batch=recipe.micro_batch or share, memory=recipe.memory, **how).total
+        limit = min(device_memory(machine), tried) * 9 // 10
+        most = {
+            memory: largest_batch(drawn, limit, memory=memory, **how) for memory in MODES[MODES.index(recipe.memory) :]
+        }
+    except SpecError:  # blocks of one's own, which paper does not know
+        most = {recipe.memory: (recipe.micro_batch or share) // 2}
+    ways = []
+    for memory, pictures in most.items():
+        if part := next((part for part in range(min(pictures, share), 0, -1) if share % part == 0), 0):
+            settings = (f"micro_batch={part}" * (part < share), f"memory={memory}" * (memory != recipe.memory))
+            ways.append("try " + " ".join(f"--set {setting}" for setting in settings if setting))
+    return ways
+
+
+def device_memory(machine: Machine) -> int:
+    """Bytes of the GPU, else of this machine."""
+    if machine.torch_device.type == "cuda":
+        return torch.cuda.get_device_properties(machine.torch_device).total_memory
+    return machine.memory
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the memory of the device or of this process does not suffice."""
-    words = ("can't allocate memory", "out of memory", "not enough memory")  # CPU, MPS, CPU on Windows
+    # Of torch on the CPU, of oneDNN, of CUDA and MPS, of Windows.
+    words = ("allocate memory", "could not create a primitive", "out of memory", "not enough memory")
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(each in str(error).lower() for each in words)
     )
