@@ -7,13 +7,15 @@ import torch
 
 import isthmus
 from isthmus.arch.spec import HeadSpec
+from isthmus.cache import cache_folder
 from isthmus.data.decode import decode
 from isthmus.data.pictures import Pictures
 from isthmus.data.transform import evaluation_transform, normalise
 from isthmus.errors import DataError
-from isthmus.evaluation.inference import Inference
-from isthmus.train import features
-from isthmus.train.features import cache_folder, extract, with_head
+from isthmus.train import outputs
+from isthmus.train.features import extract, with_head
+from isthmus.train.outputs import PrefixOutputs
+from isthmus.train.prefix import Prefix
 from isthmus.train.reporter import Reporter
 from small_runs import Recorder, copied, network, paths, same
 
@@ -32,7 +34,7 @@ def read(reader, data, here):
     """Extracts in fp32, from a given network and pictures or from the usual ones."""
 
     def call(net=reader, pictures: Pictures = data.train, reporter: Reporter | None = None, precision="fp32"):
-        return extract(net, pictures, here, precision, 4, reporter or Reporter())
+        return extract(net, pictures, here, precision, reporter or Reporter())
 
     return call
 
@@ -40,8 +42,8 @@ def read(reader, data, here):
 @pytest.fixture
 def counted(monkeypatch):
     """How many pictures (in views) went through a network."""
-    seen, pooled = [], Inference.pooled
-    monkeypatch.setattr(Inference, "pooled", lambda self, images: seen.append(len(images)) or pooled(self, images))
+    seen, run = [], PrefixOutputs._run
+    monkeypatch.setattr(PrefixOutputs, "_run", lambda self, images: seen.append(len(images)) or run(self, images))
     return seen
 
 
@@ -64,8 +66,8 @@ def test_order_of_pictures_is_irrelevant(read, data, cache):
     found = read()
     again = read(pictures=data.train.subset(order))
     assert torch.equal(again, found[:, order])
-    assert len(list(cache_folder().iterdir())) == 1
-    for path in cache_folder().iterdir():
+    assert len(list(cache_folder("features").iterdir())) == 1
+    for path in cache_folder("features").iterdir():
         path.unlink()
     assert torch.equal(read(pictures=data.train.subset(order)), found[:, order])
 
@@ -78,7 +80,10 @@ def test_a_second_call_runs_no_network(read, counted, data):
     assert not counted
 
 
-def test_an_interrupted_extraction_goes_on(read, counted, data, reader):
+def test_an_interrupted_extraction_goes_on(read, counted, data, monkeypatch):
+    """Whatever the pictures it has left, and with whom these go through the network."""
+    monkeypatch.setattr(outputs, "CHUNK", 6)
+
     class Stops(Reporter):
         def progress(self, task, done, total):
             if done == 12:
@@ -92,29 +97,36 @@ def test_an_interrupted_extraction_goes_on(read, counted, data, reader):
     found = read(reporter=recorder)
     assert sum(counted) == 2 * (len(data.train) - 12)
     assert recorder.steps[-1] == ("features in 2 views", len(data.train), len(data.train))
-    for path in cache_folder().iterdir():
+    for path in cache_folder("features").iterdir():
         path.unlink()
     assert torch.equal(read(), found)
 
 
+def changed(path, change) -> None:
+    content = bytearray(path.read_bytes())
+    change(content)
+    path.write_bytes(content)
+
+
 DAMAGE = {
-    "empty": lambda path: path.write_bytes(b""),
-    "text": lambda path: path.write_text("no checkpoint"),
-    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-200]),
-    "a number": lambda path: torch.save(3, path),
-    "another file": lambda path: torch.save({"schema": 1}, path),
-    "other pictures": lambda path: torch.save({"schema": 1, "done": 2, "values": torch.zeros(1, 2, 3)}, path),
+    "empty": (lambda path: path.write_bytes(b""), 40),
+    "text": (lambda path: path.write_text("no rows"), 40),
+    "truncated": (lambda path: path.write_bytes(path.read_bytes()[:-200]), 1),
+    "a bit of the last row": (lambda path: changed(path, lambda content: content.__setitem__(-5, content[-5] ^ 1)), 1),
+    "zeros": (lambda path: path.write_bytes(bytes(path.stat().st_size)), 40),
+    "noise": (lambda path: path.write_bytes(bytes(range(1, 251)) * (path.stat().st_size // 250 + 1)), 40),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_ignored(read, counted, data, damage):
     found = read()
-    (path,) = cache_folder().iterdir()
-    DAMAGE[damage](path)
+    (path,) = cache_folder("features").iterdir()
+    damage_it, lost = DAMAGE[damage]
+    damage_it(path)
     counted.clear()
     assert torch.equal(read(), found)
-    assert sum(counted) == 2 * len(data.train)
+    assert sum(counted) == lost
     counted.clear()
     assert torch.equal(read(), found)  # and it was replaced
     assert not counted
@@ -130,13 +142,14 @@ def test_a_cache_that_cannot_be_written_is_said(read, cache):
     assert len(recorder.lines) == 1
 
 
-def test_whatever_decides_them_makes_another_key(reader, data, tmp_path):
-    def key(net=reader, pictures=data.train, precision="fp32"):
-        return features.fingerprint(net, pictures, precision)
+def test_whatever_decides_them_makes_another_key(reader, data, here, tmp_path):
+    def key(net=reader, pictures=data.train, precision="fp32", turns=(0, 4)):
+        return outputs.fingerprint(net, Prefix(net, "trunk", here, precision), pictures, net.preprocess, turns)
 
     usual = key()
     assert key() == usual
     keys = {"usual": usual, "precision": key(precision="bf16"), "fewer": key(pictures=data.train.subset(range(5)))}
+    keys["turns"] = key(turns=(4, 0))
     for name, tensor in reader.state_dict().items():
         if tensor.is_floating_point() and name in ("conv1.weight", "layer2.0.bn3.running_var"):
             before = tensor.flatten()[0].clone()
@@ -145,7 +158,7 @@ def test_whatever_decides_them_makes_another_key(reader, data, tmp_path):
             tensor.view(-1)[0] = before
     assert key() == usual
     record = reader.preprocess
-    for change in ({"interpolation": "bicubic"}, {"views": ("identity",)}, {"mean": (0.5, 0.5, 0.5)}, {"resize": 40}):
+    for change in ({"interpolation": "bicubic"}, {"mean": (0.5, 0.5, 0.5)}, {"resize": 40}):
         reader.preprocess = replace(record, **change)
         keys[str(change)] = key()
     reader.preprocess = record
@@ -153,14 +166,32 @@ def test_whatever_decides_them_makes_another_key(reader, data, tmp_path):
     other.preprocess = record
     keys["head"] = key(other)
     copy = tmp_path / "copy.png"
-    files = paths(data.train)
-    moved = Pictures.of_files((copy, *files[1:]), data.train.labels, data.train.classes)
-    copy.write_bytes(files[0].read_bytes())
-    keys["path"] = key(pictures=moved)
-    copy.write_bytes(files[1].read_bytes() + b" ")
-    keys["content"] = key(pictures=moved)
+    copy.write_bytes(data.train.read(0))
+    paths = [str(copy), *(data.train.name(index) for index in range(1, len(data.train)))]
+
+    def copied_key():
+        return key(pictures=Pictures.of_files(paths, data.train.labels, data.train.classes))
+
+    keys["path"] = copied_key()
+    copy.write_bytes(data.train.read(1) + b" ")
+    keys["content"] = copied_key()
     assert len(set(keys.values())) == len(keys), keys
     assert len(keys) == 12
+
+
+def test_what_does_not_decide_them_makes_no_other_key(here, data):
+    """The head and what lies behind the end of the prefix."""
+    spec = isthmus.variant("resnet18")
+
+    def key(change, until):
+        net = isthmus.create(replace(spec, **change))
+        net.load_state_dict({name: torch.ones_like(value) for name, value in net.state_dict().items()})
+        return outputs.fingerprint(net, Prefix(net, until, here, "fp32"), data.train, net.preprocess, (0,))
+
+    assert key({}, "layer2") == key({"num_classes": 3, "name": "other", "drop_path": 0.1}, "layer2")
+    assert key({}, "layer2") == key({"stages": spec.stages[:3]}, "layer2")
+    assert key({}, "layer2") != key({}, "layer3")
+    assert key({}, "layer3") != key({"stages": spec.stages[:3]}, "layer3")  # there the pooled values are enough
 
 
 def test_a_picture_that_is_gone_is_named(read, data, tmp_path):
@@ -214,10 +245,3 @@ def test_a_preactivation_trunk_keeps_its_final_norm():
         assert torch.equal(
             with_head(net, HeadSpec(taps=("layer1",)), 3).pooled(x), pooled(net, x, HeadSpec(taps=("layer1",)))
         )
-
-
-def test_where_the_cache_is(monkeypatch, tmp_path):
-    assert cache_folder() == tmp_path / "cache" / "features"
-    monkeypatch.delenv("ISTHMUS_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "isthmus" / "features"

@@ -1,11 +1,20 @@
-"""Freezing that survives `.train()`."""
+"""Freezing that survives `.train()`, and the proof that what is frozen did not move."""
 
-from isthmus.errors import SpecError
+import zlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from isthmus.errors import RunError, SpecError
+from isthmus.messages import listed
+from isthmus.nn.batchnorm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
 from isthmus.nn.network import ResNet
 
-__all__ = ["freeze"]
+__all__ = ["freeze", "frozen_sums", "require_unmoved"]
 
 STEM = ("conv1", "bn1", "act1", "maxpool")
+FROZEN_NORM = FrozenBatchNorm1d | FrozenBatchNorm2d | FrozenBatchNorm3d
 
 
 def freeze(net: ResNet, until: str = "trunk") -> int:
@@ -29,3 +38,30 @@ def freeze(net: ResNet, until: str = "trunk") -> int:
             count += parameter.numel() * (name in frozen)
     net.train(net.training)
     return count
+
+
+def frozen_sums(net: ResNet) -> dict[str, int]:
+    """A checksum of every parameter and buffer that must not move, by its name: frozen parts and frozen statistics."""
+    statistics = [name for name, module in net.named_modules() if isinstance(module, FROZEN_NORM)]
+    names = {f"{module}.{buffer}" for module in statistics for buffer, _ in net.get_submodule(module).named_buffers()}
+    return {
+        name: checksum(value)
+        for name, value in (*net.named_parameters(), *net.named_buffers())
+        if name in names or name.partition(".")[0] in net.frozen
+    }
+
+
+def require_unmoved(before: Mapping[str, int], net: ResNet) -> None:
+    """Raise RunError naming what moved since `before` (from `frozen_sums`), among what is still frozen."""
+    moved = [name for name, found in frozen_sums(net).items() if before.get(name, found) != found]
+    if moved:
+        raise RunError(
+            f"frozen, and yet changed: {listed(moved)}; something writes to the network's weights besides training "
+            f"(a hook, an own block, another thread?); leave them alone, or freeze less"
+        )
+
+
+def checksum(value: Tensor) -> int:
+    """CRC-32 of the bytes of a tensor."""
+    flat = value.detach().cpu().contiguous().view(-1)
+    return zlib.crc32(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,235 @@
+"""What a frozen prefix makes of each picture in each way it can be seen: computed once, kept on the disk."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from isthmus import records
+from isthmus.arch.preprocess import Preprocess
+from isthmus.arch.spec import HeadSpec
+from isthmus.cache import cache_folder
+from isthmus.data.augment import VIEWS, Augment, altered
+from isthmus.data.loader import Batch, Loader
+from isthmus.data.order import earlier, sample_generator
+from isthmus.data.pictures import Pictures
+from isthmus.data.transform import normalise
+from isthmus.nn.network import ResNet
+from isthmus.runtime import versions
+from isthmus.train.prefix import Given, Prefix
+from isthmus.train.reporter import Reporter
+from isthmus.train.rows import Rows
+
+__all__ = ["Computed", "PrefixOutputs", "fingerprint", "turns_of", "turns_of_views"]
+
+CHUNK = 32
+"""Pictures that go through the prefix at once: always so many, because the last bits of some kernels' results depend
+on the number, though never on the other pictures or on the place among them."""
+
+TURNS = [(mirrored, quarters) for mirrored in (False, True) for quarters in range(4)]
+"""The eight ways to lay down a square: mirrored or not, then turned by so many quarters."""
+
+
+def turned(images: Tensor, turn: int) -> Tensor:
+    """Pictures (…, H, W) in one of TURNS."""
+    mirrored, quarters = TURNS[turn]
+    return torch.rot90(images.flip(-1) if mirrored else images, quarters, (-2, -1))
+
+
+_CORNERS = torch.arange(4, dtype=torch.uint8).view(1, 2, 2)
+_LOOKS = {tuple(turned(_CORNERS, turn).flatten().tolist()): turn for turn in range(len(TURNS))}
+
+
+def turn_of(corners: Tensor) -> int:
+    """Which of TURNS made this of _CORNERS."""
+    return _LOOKS[tuple(corners.flatten().tolist())]
+
+
+def turns_of_views(views: Sequence[str]) -> tuple[int, ...]:
+    """The turns that these names of VIEWS stand for."""
+    return tuple(turn_of(VIEWS[name](_CORNERS)) for name in views)
+
+
+def turns_of(augment: Augment) -> tuple[int, ...]:
+    """Every turn in which training may see a picture; none where it sees it in more ways than these."""
+    flips = replace(Augment(crop_scale=()), hflip=augment.hflip, vflip=augment.vflip, rotate90=augment.rotate90)
+    if augment != replace(flips, repeats=augment.repeats):
+        return ()
+    chances = product(range(1 + augment.hflip), range(1 + augment.vflip), range(4 if augment.rotate90 else 1))
+    flipped = ((_CORNERS.flip([-1] * across + [-2] * down), quarters) for across, down, quarters in chances)
+    return tuple(sorted({turn_of(torch.rot90(corners, quarters, (-2, -1))) for corners, quarters in flipped}))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Computed(Batch):
+    """A batch whose pictures went through the prefix already: `images` is empty, `given` what the network takes."""
+
+    given: Given
+
+
+class PrefixOutputs:
+    """Outputs of a prefix for `pictures` under `record`, in the turns `seen`: a row is one picture in one turn.
+
+    They are kept in the cache, by weights, preprocessing, precision, machine and pictures, and have the same bits
+    whether they are read or computed, and in whatever company.
+    """
+
+    def __init__(
+        self,
+        net: ResNet,
+        prefix: Prefix,
+        pictures: Pictures,
+        record: Preprocess,
+        seen: Sequence[int],
+        reporter: Reporter,
+    ) -> None:
+        self.prefix, self.record, self.seen = prefix, record, tuple(seen)
+        self.sorted = np.array(
+            sorted(range(len(pictures)), key=pictures.name)
+        )  # another order of theirs is no other key
+        self.place, self.pictures = np.argsort(self.sorted), pictures.subset(self.sorted)
+        self.map, self.taps = prefix.shapes(record)
+        self.wide = torch.promote_types(prefix.dtype, torch.float32)
+        width = (
+            math.prod(self.map) * prefix.dtype.itemsize * bool(self.map) + sum(self.taps.values()) * self.wide.itemsize
+        )
+        key = fingerprint(net, prefix, self.pictures, record, self.seen)
+        what = f"the outputs of {prefix.after} for {len(pictures)} pictures in {len(self.seen)} turns"
+        count = len(pictures) * len(self.seen)
+        self.rows = Rows(cache_folder("features") / f"{key}.rows", count, width, what, reporter)
+
+    def compute(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """Rows and their bytes (n, width), in the order given, kept where there is room."""
+        places, turns = np.divmod(rows, len(self.seen))
+        first = np.flatnonzero(np.diff(places, prepend=-1))  # a picture in several turns is decoded once
+        groups = np.split(turns, first[1:])
+        chosen = self.pictures.subset(places[first])
+        loader = Loader(pictures=chosen, record=self.record, batch_size=CHUNK, train=False)
+        waiting: list[Tensor] = []
+        done = 0
+        for batch in loader.epoch(0):
+            for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+                waiting += [turned(image, self.seen[turn]) for turn in groups[index]]
+            while len(waiting) >= CHUNK or (waiting and batch.step == loader.steps - 1):
+                values = self._run(waiting[:CHUNK])
+                del waiting[:CHUNK]
+                these = rows[done : done + len(values)]
+                for row, value in zip(these.tolist(), values, strict=True):
+                    self.rows.write(row, value)
+                yield these, values
+                done += len(values)
+
+    def _run(self, images: list[Tensor]) -> NDArray[np.uint8]:
+        rows = [image.permute(1, 2, 0) for image in (*images, *images[-1:] * (CHUNK - len(images)))]
+        x = normalise(torch.stack(rows).permute(0, 3, 1, 2).to(self.prefix.device), self.record)
+        given = self.prefix(x)
+        parts = [given.known[tap].contiguous() for tap in self.taps]
+        if self.map:
+            parts.append(given.images.permute(0, 2, 3, 1).contiguous())
+        return np.concatenate(
+            [part[: len(images)].flatten(1).view(torch.uint8).cpu().numpy() for part in parts], axis=1
+        )
+
+    def given(self, values: NDArray[np.uint8]) -> Given:
+        """Rows' bytes (N, width) as what the network takes, on its device."""
+        whole, start, known = torch.from_numpy(values), 0, {}
+        for tap, width in self.taps.items():
+            end = start + width * self.wide.itemsize
+            known[tap] = whole[:, start:end].contiguous().view(self.wide).to(self.prefix.device)
+            start = end
+        images = torch.empty(len(values), 0)
+        if self.map:
+            channels, *size = self.map
+            images = whole[:, start:].contiguous().view(self.prefix.dtype).view(-1, *size, channels).permute(0, 3, 1, 2)
+        return Given(images.to(self.prefix.device), self.prefix.after, known)
+
+    def all(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
+        """Every row with its bytes: those that are kept, then the others as they are computed."""
+        rows = np.arange(len(self.sorted) * len(self.seen))
+        there = self.rows.have(rows)
+        if there.any():
+            yield rows[there], self.rows.read(rows[there])
+        if not there.all():
+            yield from self.compute(rows[~there])
+
+    def batches(self, loader: Loader, epoch: int, start_step: int = 0) -> Iterator[Computed]:
+        """The batches of `loader`, which augments by turns alone, with what the prefix makes of their pictures.
+
+        A row is computed when it first comes, so no picture is decoded again once all are there.
+        """
+        if loader.augment is None:
+            raise TypeError(loader)
+        parts = [part for step in range(start_step, loader.steps) for part in loader.parts(step)]
+        if not parts:
+            return
+        order = loader.order(epoch)
+        copies = earlier(order)
+        corners, places = _CORNERS.permute(1, 2, 0).numpy(), {turn: place for place, turn in enumerate(self.seen)}
+        wanted = np.zeros(len(order), np.int64)
+        for place in (place for part in parts for place in range(part.start, part.stop)):
+            random = sample_generator(loader.seed, epoch, int(order[place]), int(copies[place]))
+            turn = places[turn_of(altered(corners, loader.augment, self.record, random))]
+            wanted[place] = self.place[order[place]] * len(self.seen) + turn
+        coming = np.concatenate([wanted[part.start : part.stop] for part in parts])
+        _, first = np.unique(coming, return_index=True)
+        once = coming[np.sort(first)]
+        stream = self.compute(once[~self.rows.have(once)])
+        waiting: dict[int, NDArray[np.uint8]] = {}  # rows that have no place on the disk, until they are used
+        labels = torch.from_numpy(loader.pictures.labels)
+        for part in parts:
+            rows = wanted[part.start : part.stop]
+            while lacking := [row for row in rows[~self.rows.have(rows)].tolist() if row not in waiting]:
+                found, values = next(stream, None) or next(self.compute(np.array(lacking)))
+                kept = self.rows.have(found)
+                waiting |= {row: value for row, value, on in zip(found.tolist(), values, kept, strict=True) if not on}
+            there = self.rows.have(rows)
+            values = np.empty((len(rows), self.rows.width), np.uint8)
+            if there.any():
+                values[there] = self.rows.read(rows[there])
+            for place in np.flatnonzero(~there).tolist():
+                values[place] = waiting[int(rows[place])]
+            for row in rows[~there].tolist():
+                waiting.pop(row, None)
+            indices = torch.from_numpy(order[part.start : part.stop])
+            yield Computed(
+                step=part.step,
+                part=part.part,
+                parts=part.parts,
+                images=torch.empty((len(rows), 0), dtype=torch.uint8),
+                labels=labels[indices],
+                indices=indices,
+                given=self.given(values),
+            )
+
+
+def fingerprint(net: ResNet, prefix: Prefix, pictures: Pictures, record: Preprocess, seen: Sequence[int]) -> str:
+    """A hash of all that decides the outputs: the network as far as it is run, its weights, machine, pictures."""
+    depth = net.stages.index(prefix.after) + 1 if prefix.after in net.stages else 0
+    parts = {"conv1", "bn1", "maxpool", *net.stages[:depth], *(["norm"] if "last" in prefix.taps else [])}
+    spec = replace(
+        net.spec, head=HeadSpec(), num_classes=0, drop_path=0.0, name="", stages=net.spec.stages[: max(depth, 1)]
+    )
+    described = {
+        "spec": records.to_dict(spec),
+        "reads": [prefix.after, prefix.needs_map, prefix.taps, net.spec.head.pools],
+        "preprocess": records.to_dict(replace(record, views=("identity",))),
+        "turns": seen,
+        "precision": str(prefix.dtype),
+        "machine": prefix.machine,
+        "versions": versions(),
+    }
+    digest = hashlib.sha256(json.dumps(described).encode())
+    for index in range(len(pictures)):
+        digest.update(json.dumps(pictures.identity(index)).encode())
+    for key, value in net.state_dict().items():
+        if key.partition(".")[0] in parts:
+            digest.update(key.encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
