@@ -88,6 +88,19 @@ def test_plan_warns_in_plain_words(isthmus, mid, words):
     assert "warning" not in isthmus("plan", "resnet50").out
 
 
+def test_plan_says_what_training_holds(isthmus):
+    arguments = ("plan", "resnet50", "--train", "--batch", "8", "--memory", "recompute", "--precision", "bf16", "--ema")
+    found = json.loads(isthmus(*arguments, "--json").out)["training_bytes"]
+    total = found.pop("total")
+    assert list(found) == ["weights", "gradients", "optimizer", "average", "saved", "transient"]
+    assert sum(found.values()) == total
+    assert found["gradients"] == 4 * package.cost("resnet50").params
+    table = isthmus(*arguments).out
+    assert f"Training: {total / 2**30:.2f} GiB (8 pictures, bf16, memory recompute)" in table
+    assert f"{found['saved'] / 2**20:,.0f}" in table
+    assert "Training" not in isthmus("plan", "resnet50", "--batch", "8").out
+
+
 def test_models(isthmus):
     found = json.loads(isthmus("models", "--json").out)
     assert [row["name"] for row in found] == variants()
@@ -116,6 +129,8 @@ MISTAKES = {
     "no channels": (["plan", "resnet50", "--in-channels", "0"], "in_channels is 0"),
     "output stride": (["plan", "resnet50", "--output-stride", "2"], "output_stride 2 is below the stem's own 4"),
     "no such output stride": (["plan", "resnet50", "--output-stride", "12"], "output_stride 12"),
+    "no pictures": (["plan", "resnet50", "--train", "--batch", "0"], "batch is 0"),
+    "unknown memory": (["plan", "resnet50", "--train", "--memory", "little"], "--memory"),
     "no match": (["models", "zzz"], "no network matches 'zzz'; `isthmus models` lists all"),
 }
 

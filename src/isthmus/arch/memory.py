@@ -15,10 +15,22 @@ from isthmus.arch.cost import cost
 from isthmus.arch.plan import Plan
 from isthmus.errors import SpecError
 
-__all__ = ["Memory", "Step", "TrainingMemory", "block_steps", "kept", "largest_batch", "stem_steps", "training_memory"]
+__all__ = [
+    "Memory",
+    "Optimizer",
+    "Precision",
+    "Step",
+    "TrainingMemory",
+    "block_steps",
+    "kept",
+    "largest_batch",
+    "stem_steps",
+    "training_memory",
+]
 
 Memory = Literal["plain", "checkpoint", "recompute"]
 Optimizer = Literal["sgd", "adamw", "lamb"]
+Precision = Literal["fp32", "bf16", "fp16"]
 Size = tuple[int, ...]
 
 FULL = 4  # bytes of fp32, in which weights, gradients, states and statistics are held whatever the maps are in
@@ -214,7 +226,7 @@ def training_memory(
     plan: Plan,
     *,
     batch: int,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     memory: Memory = "plain",
     optimizer: Optimizer = "sgd",
     ema: bool = False,
@@ -241,7 +253,7 @@ def largest_batch(
     plan: Plan,
     limit: int,
     *,
-    precision: str = "fp32",
+    precision: Precision = "fp32",
     memory: Memory = "plain",
     optimizer: Optimizer = "sgd",
     ema: bool = False,

@@ -8,6 +8,7 @@ from typing import Any
 from isthmus import records
 from isthmus.arch.cost import By, Cost, Row, cost
 from isthmus.arch.economics import StageEconomics, economics
+from isthmus.arch.memory import Memory, Optimizer, Precision, TrainingMemory, training_memory
 from isthmus.arch.plan import plan as make_plan
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant, variants
@@ -16,6 +17,15 @@ from isthmus.errors import SpecError
 from isthmus.report.tables import console, count, print_table, size
 
 __all__ = ["models", "plan"]
+
+TRAINING = {
+    "weights": "weights and statistics",
+    "gradients": "gradients",
+    "optimizer": "optimizer state",
+    "average": "averaged weights",
+    "saved": "maps that wait for backward",
+    "transient": "maps within one block's backward (estimate)",
+}
 
 
 def chosen_image_size(spec: NetSpec, image_size: int | None) -> int:
@@ -61,6 +71,12 @@ def plan(
     output_stride: int | None = None,
     settings: Settings = (),
     by: By = "stage",
+    train: bool = False,
+    batch: int = 32,
+    memory: Memory = "plain",
+    precision: Precision = "fp32",
+    optimizer: Optimizer = "sgd",
+    ema: bool = False,
     as_json: Json = False,
 ) -> None:
     """Show what a network costs and whether its strip pays, before a line of torch runs.
@@ -81,6 +97,18 @@ def plan(
         A field of the spec to change, such as 'shortcut=avg' or 'stages.0.mid=32'; may be repeated.
     by
         One row a stage, block or layer.
+    train
+        Show the bytes that training holds; the next five say how it is trained.
+    batch
+        Pictures that a process holds at once.
+    memory
+        What waits for backward: all (plain), each block's input (checkpoint), or what is dear to run again (recompute).
+    precision
+        Of the maps, as under autocast.
+    optimizer
+        Whose state is held; sgd with momentum.
+    ema
+        Whether an average of the weights is held.
     """
     spec = NetSpec.from_file(Path(network)) if network.endswith(".toml") else variant(network)
     spec = records.override(spec, settings)
@@ -94,6 +122,11 @@ def plan(
     laid_out = make_plan(spec, chosen_image_size(spec, image_size))
     found, strips = cost(laid_out), economics(laid_out)
     rows = found.by(by)
+    held = (
+        training_memory(laid_out, batch=batch, precision=precision, memory=memory, optimizer=optimizer, ema=ema)
+        if train
+        else None
+    )
     if as_json:
         document = {
             "name": spec.name,
@@ -101,12 +134,15 @@ def plan(
             **totals(found),
             "rows": [row_values(row) for row in rows],
             "economics": [strip._asdict() for strip in strips],
+            **({"training_bytes": {**records.to_dict(held), "total": held.total}} if held else {}),
             "spec": records.to_dict(spec),
         }
         print(json.dumps(document, indent=2))  # noqa: T201
         return
     print_plan(spec.name or network, found, by, rows)
     print_economics(strips)
+    if held:
+        print_training(held, f"{batch} pictures, {precision}, memory {memory}")
 
 
 def totals(found: Cost) -> dict[str, Any]:
@@ -183,3 +219,14 @@ def print_economics(strips: tuple[StageEconomics, ...]) -> None:
     for strip in strips:
         for warning in strip.warnings:
             console.print(f"[yellow]warning[/] {strip.name}: {warning}")
+
+
+def print_training(held: TrainingMemory, how: str) -> None:
+    """What training holds, largest part first."""
+    parts = sorted(records.to_dict(held).items(), key=lambda part: -part[1])
+    print_table(
+        f"Training: {held.total / 2**30:.2f} GiB ({how})",
+        ("held", "MiB", "share"),
+        ((TRAINING[name], f"{size / 2**20:,.0f}", f"{size / held.total:.1%}") for name, size in parts if size),
+        note="Beside it: libraries, the allocator's rounding, and batches that wait in the loader.",
+    )
