@@ -8,9 +8,8 @@ from torch import nn
 from isthmus.nn.network import ResNet
 from isthmus.train.lamb import Lamb
 from isthmus.train.recipe import Recipe
-from isthmus.train.schedule import learning_rate
 
-__all__ = ["learning_rate", "make_optimizer", "parameter_groups"]
+__all__ = ["make_optimizer", "parameter_groups"]
 
 
 def parameter_groups(net: ResNet, recipe: Recipe) -> list[dict[str, Any]]:
