@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from isthmus import records
+from isthmus.arch.plan import Plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec
 from isthmus.atomic import atomic_write
@@ -182,10 +183,20 @@ def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
         same = create(replace(net.spec, drop_path=recipe.drop_path))
         same.load_state_dict(net.state_dict())
         same.preprocess, net = net.preprocess, same
+    if recipe.drop_path:
+        net = with_drop_path(net, recipe.drop_path)
     net.preprocess = adapted(net.preprocess, recipe)
     net.classes = classes
     freeze(net, recipe.freeze)  # here already, so that an unknown name is found before anything is written
     return net
+
+
+def with_drop_path(net: ResNet, rate: float) -> ResNet:
+    """The same network with stochastic depth, up to `rate` at the last block."""
+    other = ResNet(Plan(replace(net.spec, drop_path=rate), net.plan.image_size))
+    other.load_state_dict(net.state_dict())
+    other.preprocess = net.preprocess
+    return other
 
 
 def adapted(record: Preprocess, recipe: Recipe) -> Preprocess:

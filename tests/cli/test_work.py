@@ -418,4 +418,4 @@ def test_ctrl_c_saves_and_the_rest_gives_the_same_model(isthmus, pictures, tmp_p
         for folder in (straight, stopped)
     ]
     assert logs[0] == logs[1]
-    assert len(logs[0]) == 12
+    assert sum("step" not in row for row in logs[0]) == 12

@@ -36,6 +36,7 @@ def test_every_setting_survives_toml(tmp_path):
         augment=Augment(hflip=False, vflip=True, rotate90=True, crop_scale=(0.5, 0.75)),
         train_size=80,
         start_size=48,
+        unreadable="skip",
         epochs=3,
         batch_size=15,
         micro_batch=5,

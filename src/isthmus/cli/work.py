@@ -1,6 +1,7 @@
 """Commands that train networks and use them."""
 
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,8 @@ def train(
     resume: Path | None = None,
     epochs: int | None = None,
     batch_size: int | None = None,
+    micro_batch: int | None = None,
+    memory: Literal["plain", "checkpoint", "recompute"] | None = None,
     lr: float | None = None,
     image_size: int | None = None,
     head: Literal["chosen", "linear"] | None = None,
@@ -41,7 +44,8 @@ def train(
     Parameters
     ----------
     data
-        A folder of class folders (or of train/ and val/), a .csv file of path,label, or elpv.
+        A folder of class folders (or of train/ and val/), a .csv file of path,label, a folder or an address of tar
+        shards, hf:NAME for a Hugging Face data set, or elpv.
     weights
         Where to start: demo, a weight file, or a run folder. Without it, --arch is trained from scratch.
     arch
@@ -52,13 +56,17 @@ def train(
     recipe
         A name from `isthmus recipes`, or a TOML file; the other options change single settings of it.
     out
-        The run folder; the next free number under runs/ unless given.
+        The run folder; the next free number under runs/ unless given. Under torchrun it must be given.
     resume
         A run folder to go on with; its recipe is used as it is.
     epochs
         Passes over the pictures.
     batch_size
-        Pictures a step.
+        Pictures a step, over all processes.
+    micro_batch
+        Pictures that a process holds at once; the steps stay those of the whole batch.
+    memory
+        What is kept for backward: everything, the input of each block, or what is dear to compute again.
     lr
         Peak learning rate.
     image_size
@@ -85,6 +93,8 @@ def train(
         "freeze": freeze,
         "epochs": epochs,
         "batch_size": batch_size,
+        "micro_batch": micro_batch,
+        "memory": memory,
         "lr": lr,
         "image_size": image_size,
         "head": head,
@@ -114,6 +124,8 @@ def train(
             reporter.say(str(stopped))
             sys.exit(130)
     if reporter.bar.console.quiet:  # of many processes one speaks
+        return
+    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     if as_json:
         print(json.dumps(run.scores.to_dict() | {"run": str(run.folder), "seconds": run.seconds}, indent=2))  # noqa: T201

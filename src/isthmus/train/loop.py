@@ -126,9 +126,12 @@ def train_network(
                 if stopped:
                     raise Interrupted(f"stopped in epoch {epoch + 1} after {state.step} of {train.steps} steps")
 
-            scores = Inference(state.used, machine, precision).evaluate(
-                validation_loader(data, recipe, net, world), world
-            )
+            val = validation_loader(data, recipe, net, world)
+            scores = Inference(state.used, machine, precision).evaluate(val, world)
+            for part, loader in (("train", train), ("validation", val)):
+                reasons = [reason for rank in world.gather(list(loader.unreadable.values())) for reason in rank]
+                if reasons:
+                    reporter.say(f"{len(reasons)} {part} pictures were left out: {listed(reasons, separator='; ')}")
             row = {
                 "epoch": epoch + 1,
                 "loss": state.mean_loss(world, train.steps * size),
@@ -163,6 +166,7 @@ def training_loader(data: DataSet, recipe: Recipe, net: ResNet, epoch: int, worl
         rank=world.rank,
         ranks=world.size,
         micro_batch=recipe.micro_batch,
+        on_error="skip" if recipe.unreadable == "skip" else "raise",
     )
 
 
@@ -173,6 +177,7 @@ def validation_loader(data: DataSet, recipe: Recipe, net: ResNet, world: World) 
         record=net.preprocess,
         batch_size=recipe.batch_size,
         train=False,
+        on_error="skip" if recipe.unreadable == "skip" else "raise",
         rank=world.rank,
         ranks=world.size,
     )

@@ -50,6 +50,7 @@ class Recipe:
     augment: Augment = Augment()
     train_size: int = 0  # the crop that is trained on; 0: the one that is evaluated (Touvron et al. 2019)
     start_size: int = 0  # the training crop grows from here (progressive resizing); 0: it does not
+    unreadable: Literal["stop", "skip"] = "stop"  # at a picture that cannot be read, or take the next one and say so
     epochs: int = 8
     batch_size: int = 32  # pictures of one optimiser step, over all processes
     micro_batch: int = 0  # pictures that one process holds at once; 0: its whole share of the batch
