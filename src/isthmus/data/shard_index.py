@@ -17,9 +17,10 @@ from isthmus.data.pictures import Names, natural
 from isthmus.errors import DataError
 from isthmus.messages import first_line
 
-__all__ = ["INDEX", "Index", "Sample", "load_index", "numbered", "save_index", "scan", "scanned"]
+__all__ = ["CLASS_FILES", "INDEX", "Index", "Sample", "load_index", "numbered", "save_index", "scan", "scanned"]
 
 INDEX = "index.safetensors"
+CLASS_FILES = ("classes.json", "classes.txt")  # the names of the classes: a list, or one a line
 FORMAT = "isthmus shards 1"
 ARRAYS = ("sizes", "ends", "offsets", "lengths", "labels")
 LABEL_FIELDS = ("label", "cls", "class", "class_name")  # of a sample's .json; the first that is there

@@ -16,13 +16,13 @@ from isthmus.atomic import atomic_write
 from isthmus.data.decode import decode
 from isthmus.data.order import permutation
 from isthmus.data.pictures import Pictures
-from isthmus.data.shard_index import INDEX, Sample, save_index, scan, scanned
+from isthmus.data.shard_index import CLASS_FILES, INDEX, Sample, save_index, scan, scanned
 from isthmus.errors import DataError, RunError
 from isthmus.runtime import cores
 
 __all__ = ["Written", "write_shards"]
 
-CLASSES, UNFINISHED = "classes.json", "unfinished.json"
+UNFINISHED = "unfinished.json"
 QUALITY = 95  # of resized JPEGs
 _ENDS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "DIB": "bmp"}  # else the format's own name
 
@@ -59,7 +59,7 @@ def write_shards(
         )
     _begin(out, _fingerprint(sides, per_shard, resize))
     classes = next(iter(sides.values())).classes
-    atomic_write(out / CLASSES, lambda path: path.write_text(json.dumps(classes, indent=0), encoding="utf-8"))
+    atomic_write(out / CLASS_FILES[0], lambda path: path.write_text(json.dumps(classes, indent=0), encoding="utf-8"))
     names: list[str] = []
     shards: list[list[Sample]] = []
     report = []
