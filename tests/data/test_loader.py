@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -250,6 +251,19 @@ def test_threads_end_with_the_epoch_and_when_the_consumer_stops(pictures):
     with pytest.raises(ZeroDivisionError):
         [1 / 0 for _ in evaluating(pictures).epoch(0)]
     assert decoding_threads() == 0
+
+
+def test_torch_splits_no_work_of_the_decoding_threads(pictures, monkeypatch):
+    seen: set[int] = set()
+    fill = Loader._fill
+    monkeypatch.setattr(Loader, "_fill", lambda self, *rest: (seen.add(torch.get_num_threads()), fill(self, *rest))[1])
+    torch.set_num_threads(2)
+    try:
+        list(training(pictures, threads=4).epoch(0))
+        with ThreadPoolExecutor(1) as new:
+            assert (seen, torch.get_num_threads(), new.submit(torch.get_num_threads).result()) == ({1}, 2, 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_look_ahead_is_bounded(pictures, monkeypatch):

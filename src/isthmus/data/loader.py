@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from threading import Thread
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -36,6 +37,18 @@ class Batch:
     indices: Tensor
     part: int = 0
     parts: int = 1
+
+
+def _use_one_core(others: int) -> None:
+    """Let torch split no work of this thread, of which there is one a core; all others keep their number.
+
+    Teams of threads inside each of ours would wait for each other, and for the cores that the network needs.
+    """
+    torch.get_num_threads()  # a thread takes the common number when it is first asked
+    torch.set_num_threads(1)  # this thread's, and the common one, which is put right from outside
+    restore = Thread(target=torch.set_num_threads, args=(others,))
+    restore.start()
+    restore.join()
 
 
 class _Filled(NamedTuple):
@@ -148,7 +161,7 @@ class Loader:
         threads = self.threads or cores()
         pending: deque[tuple[Part, Pixels, list[Future[_Filled]]]] = deque()
         waiting = 0
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="isthmus-decode")
+        pool = ThreadPoolExecutor(threads, "isthmus-decode", _use_one_core, (torch.get_num_threads(),))
         try:
             self.pictures.expect(indices[start * self.step_size :][:WINDOW])
             for step in range(start, self.steps):
