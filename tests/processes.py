@@ -14,7 +14,8 @@ NOT_INHERITED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "OMP_NU
 def environment(**more: str) -> dict[str, str]:
     """The environment of a script that finds the helpers of the tests and knows of no other processes."""
     kept = {name: value for name, value in os.environ.items() if name not in NOT_INHERITED}
-    return kept | {"PYTHONPATH": str(HERE), "PYTHONWARNINGS": "error"} | more
+    places = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return kept | {"PYTHONPATH": places, "PYTHONWARNINGS": "error"} | more
 
 
 class Processes:

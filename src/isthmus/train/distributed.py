@@ -2,6 +2,8 @@
 
 import io
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -168,11 +170,24 @@ def timeout() -> float:
 def explained(error: RuntimeError, heartbeat: Heartbeat) -> RunError | None:
     """The failure of a collective as the story of the processes that are missing; None when none of them is."""
     try:
-        missing = heartbeat.missing(late="timed out" in str(error).lower() or "timeout" in str(error).lower())
+        with undisturbed():
+            missing = heartbeat.missing(late="timed out" in str(error).lower() or "timeout" in str(error).lower())
     except RuntimeError:
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         missing = f"the process at {where}, where all others meet, does not answer any more; {ADVICE}"
     return RunError(missing) if missing else None
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """SIGTERM is not heard: torchrun sends it to all when one process has died, before they can tell which."""
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN) if here else None
+    try:
+        yield
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
 
 
 def said_first(message: str, heartbeat: Heartbeat) -> bool:
