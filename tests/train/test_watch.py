@@ -116,17 +116,10 @@ def test_a_watch_sees_the_loss_and_the_first_gradient():
 
 
 def test_the_error_says_what_a_person_needs():
-    text = str(
-        not_finite(
-            "in the output of layer2.0.conv3",
-            loss=math.nan,
-            epoch=3,
-            step=7,
-            lr=0.12345,
-            names=[f"cat/{number}.jpg" for number in range(32)],
-            checkpoint=Path("runs/1/checkpoints/step-000000020.pt"),
-        )
-    )
+    names = [f"cat/{number}.jpg" for number in range(32)]
+    state = Path("runs/1/checkpoints/step-000000020.pt")
+    found = [("", ["healthy.jpg"]), ("in the output of layer2.0.conv3", names)]  # as two processes see it
+    text = str(not_finite(found, loss=math.nan, epoch=3, step=7, lr=0.12345, checkpoint=state))
     for part in (
         "the loss is nan in step 7 of epoch 3",
         "layer2.0.conv3",
@@ -136,7 +129,7 @@ def test_the_error_says_what_a_person_needs():
         "step-000000020.pt",
     ):
         assert part in text
-    quiet = not_finite("", loss=2.0, epoch=1, step=1, lr=1.0, names=["a"], checkpoint=None)
+    quiet = not_finite([("", ["a.jpg"])], loss=2.0, epoch=1, step=1, lr=1.0, checkpoint=None)
     assert "the gradients are not finite in step 1 of epoch 1" in str(quiet)
     assert "no state was saved before it" in str(quiet)
 

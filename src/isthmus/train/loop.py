@@ -1,8 +1,8 @@
 """Gradient training, top to bottom: one loop for one process and for many, exact on resume, that saves itself."""
 
 import signal
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.sources import DataSet
-from isthmus.errors import RunError
+from isthmus.errors import MissingExtraError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
@@ -22,14 +22,14 @@ from isthmus.runtime import Machine, Precision
 from isthmus.train.checkpoint import Checkpoints
 from isthmus.train.compiled import try_compiling
 from isthmus.train.distributed import World, accumulated, parallel
-from isthmus.train.log import Log
+from isthmus.train.log import Log, write_tensorboard
 from isthmus.train.pace import Pace
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.train.schedule import rate, training_size
 from isthmus.train.state import RunState
 from isthmus.train.step import Forward, move
-from isthmus.train.watch import Watch, first_not_finite, memory_in_use
+from isthmus.train.watch import Watch, first_not_finite, memory_explained, memory_in_use, not_finite
 
 __all__ = ["LOG", "Interrupted", "train_network"]
 
@@ -54,9 +54,10 @@ def train_network(
 ) -> tuple[ResNet, Tally]:
     """Train `net` in place; the network to use (the averaged one with `recipe.ema`, else `net`) and its scores.
 
-    Writes in the folder `run`: `log.jsonl`, `best.safetensors`, and `checkpoints/` at the end of every epoch, every
-    `recipe.save_every` steps, and on Ctrl-C or SIGTERM. Raises Interrupted after saving, RunError when the loss is not
-    a number or the state cannot be saved or read.
+    Writes in the folder `run`: `log.jsonl` (and TensorBoard's files from it, where that is installed),
+    `best.safetensors`, and `checkpoints/` at the end of every epoch, every `recipe.save_every` steps, and on Ctrl-C or
+    SIGTERM. Raises Interrupted after saving, RunError when the loss is not a number, the memory does not suffice, or
+    the state cannot be saved or read.
     """
     world, device = world or World(), machine.torch_device
     precision: Precision = machine.precision if recipe.precision == "auto" else recipe.precision
@@ -82,7 +83,7 @@ def train_network(
     model = plain = parallel(net, world)
     scores = Tally(data.classes)
 
-    with stop_signals() as stop:
+    with stop_signals() as stop, memory_explained(net, recipe, machine, precision, world.size):
         for epoch in range(state.epoch, recipe.epochs):
             train = training_loader(data, recipe, net, epoch, world)
             name, size, every = f"epoch {epoch + 1}/{recipe.epochs}", train.step_size, -(-train.steps // ROWS)
@@ -97,14 +98,22 @@ def train_network(
                 last = batch.part == batch.parts - 1
                 with accumulated(model, last=last):
                     loss = forward.loss(model, inputs)
-                    watch.take(loss)
+                    state.losses += loss.detach()
+                    watch.take(state.losses[0])
                     state.scaler.scale(loss / size).backward()  # type: ignore[no-untyped-call]
-                state.losses += loss.detach()
                 if not last:
                     continue
-                if not watch.fine(net):
-                    where = first_not_finite(net, (forward.loss(net, forward.inputs(each, epoch)) for each in taken))
-                    raise RunError(not_a_number(where, taken, data, state, recipe, checkpoints))
+                if world.any(not watch.fine(net), "a look at the loss"):
+                    again = (forward.loss(net, forward.inputs(each, epoch)) for each in taken)
+                    names = [data.train.name(index) for each in taken for index in each.indices.tolist()]
+                    raise not_finite(
+                        world.gather((first_not_finite(net, again), names)),
+                        loss=watch.loss(),
+                        epoch=epoch + 1,
+                        step=state.step + 1,
+                        lr=recipe.lr,
+                        checkpoint=next(iter(checkpoints.files()), None),
+                    )
                 lr, taken = move(state, recipe, train.steps), []
                 done, ends = epoch * train.steps + state.step, state.step == train.steps
                 if state.step % every == 0 or ends:
@@ -144,6 +153,8 @@ def train_network(
             if log is not None:
                 log.add(row)
                 checkpoints.save_best(state.used, log.rows)
+                with suppress(MissingExtraError):
+                    write_tensorboard(log.rows, run / "tensorboard")
             state.begin_epoch(epoch + 1)
             reporter.say(
                 f"{name}: loss {row['loss']:.3f}, validation {scores.accuracy:.1%} "
@@ -180,19 +191,6 @@ def validation_loader(data: DataSet, recipe: Recipe, net: ResNet, world: World) 
         on_error="skip" if recipe.unreadable == "skip" else "raise",
         rank=world.rank,
         ranks=world.size,
-    )
-
-
-def not_a_number(
-    where: str, taken: Sequence[Batch], data: DataSet, state: RunState, recipe: Recipe, checkpoints: Checkpoints
-) -> str:
-    """What to say of a step whose loss or gradients are no numbers."""
-    names = listed(data.train.name(index) for batch in taken for index in batch.indices.tolist())
-    files = checkpoints.files()
-    return (
-        f"the loss is not a number in step {state.step + 1} of epoch {state.epoch + 1}; it begins "
-        f"{where or 'nowhere when the same pictures are tried again'}; pictures: {names}; lower --lr (now {recipe.lr})"
-        + (f"; the state before it is in {files[0]}" if files else "")
     )
 
 

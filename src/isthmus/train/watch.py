@@ -116,9 +116,13 @@ def first_not_finite(net: nn.Module, losses: Iterable[Tensor]) -> str:
 
 
 def not_finite(
-    place: str, *, loss: float, epoch: int, step: int, lr: float, names: Sequence[str], checkpoint: Path | None
+    found: Sequence[tuple[str, list[str]]], *, loss: float, epoch: int, step: int, lr: float, checkpoint: Path | None
 ) -> RunError:
-    """The error of a step (both counted from 1) whose loss or gradients are no numbers; `place` is where they begin."""
+    """The error of a step (both counted from 1) whose loss or gradients are no numbers.
+
+    `found` holds of each process where they begin and the names of its pictures.
+    """
+    place, names = next((each for each in found if each[0]), found[0])
     what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
     begins = place or "nowhere when the same pictures ran again: the cause is random numbers, or the hardware"
     saved = f"the last state before it is {checkpoint}" if checkpoint else "no state was saved before it"
