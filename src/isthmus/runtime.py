@@ -1,5 +1,6 @@
 """What this machine does best: device, precision, threads, versions."""
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from isthmus.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Machine", "Precision", "cores", "machine", "versions"]
+__all__ = ["Machine", "Precision", "cores", "keep_freed_memory", "machine", "versions"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "onnx", "onnxruntime", "timm")
@@ -94,6 +95,18 @@ def cpu_name() -> str:
             return next(names, platform.processor() or platform.machine())
     except OSError:
         return platform.processor() or platform.machine()
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep the memory that it frees, for the next step's maps; returns whether glibc does so.
+
+    By its defaults glibc gives every large map back to the system, which then clears each page of the next one anew.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    trim_threshold, mmap_threshold = -1, -3  # of malloc.h
+    library = ctypes.CDLL(None)
+    return bool(library.mallopt(mmap_threshold, 2**30) and library.mallopt(trim_threshold, -1))
 
 
 def versions() -> dict[str, str]:
