@@ -1,0 +1,332 @@
+"""What a frozen prefix gives: the maps of the network, equal bits from the disk and computed, in the loader's order."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import isthmus
+from isthmus.arch.plan import plan
+from isthmus.arch.spec import HeadSpec
+from isthmus.arch.variants import variant
+from isthmus.cache import cache_folder
+from isthmus.data.augment import Augment
+from isthmus.data.loader import Loader
+from isthmus.data.transform import normalise
+from isthmus.errors import RunError
+from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
+from isthmus.nn.network import ResNet
+from isthmus.train import outputs as module
+from isthmus.train.features import with_head
+from isthmus.train.outputs import PrefixOutputs, turned, turns_of
+from isthmus.train.prefix import Prefix, frozen_at
+from isthmus.train.recipe import Recipe
+from isthmus.train.reporter import Reporter
+from isthmus.train.rows import Rows
+from oracles import ours, picture, random_state, relative_error, small
+from small_runs import Recorder, network
+
+FLIPS = Augment(crop_scale=(), vflip=True)
+LAST = HeadSpec()
+TAPS = HeadSpec(taps=("stem", "layer1", "last"), pools=("max", "avg"), norm=True)
+
+
+def random_net(name: str, head: HeadSpec = LAST, size: int = 48) -> ResNet:
+    spec = replace(small(variant(name)), head=head, num_classes=5)
+    net = ours(spec, size, random_state(ResNet(plan(spec, size)))).train()
+    return net.requires_grad_()
+
+
+@pytest.mark.parametrize("head", [LAST, TAPS], ids=["last", "taps"])
+@pytest.mark.parametrize("name", ["resnet26d", "resnetrs50", "resnetv2_50", "resnet50_gn"])
+def test_prefix_and_rest_are_the_network(name, head, here):
+    """In double precision: the logits, and the gradients of all that still trains."""
+    x = picture(2, 3, 48, 48)
+    for until in ("none", "stem", "layer2", "layer4", "trunk"):
+        net = random_net(name, head)
+        freeze(net, until)
+        given = Prefix(net, until, here, "fp32")(x)
+        found = net(given.images, after=given.after, known=given.known)
+        mine = torch.autograd.grad(found.square().sum(), [p for p in net.parameters() if p.requires_grad])
+        wanted = net(x)
+        theirs = torch.autograd.grad(wanted.square().sum(), [p for p in net.parameters() if p.requires_grad])
+        assert relative_error(found, wanted) <= 1e-10
+        assert all(relative_error(a, b) <= 1e-10 for a, b in zip(mine, theirs, strict=True))
+        assert not given.images.requires_grad
+        assert set(given.known) == {tap for tap in head.taps if inside(net, tap, until)}
+        assert given.images.numel() > 0 or set(given.known) == set(head.taps)
+
+
+def inside(net: ResNet, tap: str, until: str) -> bool:
+    points = ["none", "stem", *net.stages, "trunk"]
+    end = points.index("trunk") if tap == "last" and net.spec.preact else points.index("layer4")
+    return points.index(until) >= (end if tap == "last" else points.index(tap))
+
+
+def test_a_prefix_in_low_precision_is_close(here):
+    net = random_net("resnet26d", TAPS).float()
+    x = picture(3, 3, 64, 64).float()
+    given = Prefix(net, "layer2", here, "bf16")(x)
+    assert given.images.dtype == torch.bfloat16
+    assert {value.dtype for value in given.known.values()} == {torch.float32}
+    maps = net.eval().features(x)
+    assert relative_error(given.images.float(), maps["layer2"]) < 0.03
+    assert relative_error(given.known["layer1"], net.pool(maps["layer1"])) < 0.03
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"freeze": "layer2"}, ["layer2"] * 5),
+        ({"freeze": "trunk", "unfreeze_epochs": 1}, ["trunk", "layer2", "layer1", "stem", "none", "none"]),
+        ({"freeze": "layer2", "unfreeze_epochs": 2}, ["layer2"] * 2 + ["layer1"] * 2 + ["stem"] * 2 + ["none"] * 2),
+        ({"freeze": "layer1", "unfreeze_epochs": 0.5}, ["layer1", "none", "none"]),
+        ({"freeze": "none"}, ["none"] * 3),
+        ({"freeze": "layer1", "unfreeze_epochs": 1.5}, ["layer1", "layer1", "stem", "none"]),
+    ],
+)
+def test_what_is_frozen_in_an_epoch(settings, wanted):
+    recipe = Recipe(data="pictures", weights="w", **settings)
+    stages = ("layer1", "layer2", "layer3")
+    assert [frozen_at(recipe, stages, epoch) for epoch in range(len(wanted))] == wanted
+
+
+def test_what_moves_is_named():
+    net = random_net("resnet18")
+    freeze(net, "layer1")
+    before = frozen_sums(net)
+    assert set(before) == {name for name in net.state_dict() if name.startswith(("conv1.", "bn1.", "layer1."))}
+    net(picture(2, 3, 64, 64)).sum().backward()
+    torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=1.0, weight_decay=1.0).step()
+    require_unmoved(before, net)
+    for name in ("layer1.0.bn1.running_mean", "conv1.weight"):
+        value = net.state_dict()[name]
+        last = value.view(-1)[-1].clone()
+        value.view(-1)[-1] = torch.nextafter(last, last + 1)
+        with pytest.raises(RunError, match=f"yet changed: {name};"):
+            require_unmoved(before, net)
+        value.view(-1)[-1] = last
+    net.conv1.weight.data += 1
+    freeze(net, "none")  # it may move from now on
+    require_unmoved(before, net)
+
+
+@pytest.mark.parametrize("flips", list(itertools.product((False, True), repeat=3)))
+def test_every_turn_that_training_sees(flips):
+    augment = Augment(crop_scale=(), **dict(zip(("hflip", "vflip", "rotate90"), flips, strict=True)))
+    corners, record = np.arange(4, dtype=np.uint8).reshape(2, 2, 1), network().preprocess
+    seen = set()
+    for index in range(200):
+        random = module.sample_generator(0, 0, index)
+        seen.add(module.turn_of(module.altered(corners, augment, record, random)))
+    assert turns_of(augment) == tuple(sorted(seen))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"crop_scale": (0.5, 1.0)}, {"pad": 4}, {"policy": "rand"}, {"erasing": 0.1}, {"mixup": 0.1}, {"cutmix": 1.0}],
+)
+def test_what_has_too_many_looks(more):
+    assert turns_of(Augment(**({"crop_scale": ()} | more))) == ()
+    assert turns_of(Augment(crop_scale=(), repeats=3)) == turns_of(Augment(crop_scale=()))
+
+
+@pytest.fixture
+def net():
+    net = network(replace(isthmus.variant("resnet10t"), head=TAPS, num_classes=2))
+    freeze(net, "layer2")
+    return net.train()
+
+
+def loader(data, net, augment=FLIPS, **options):
+    made = {"batch_size": 6, "seed": 3} | options
+    return Loader(pictures=data.train, record=net.preprocess, train=True, augment=augment, **made)
+
+
+def outputs(data, net, here, augment=FLIPS, reporter=None, until="layer2", precision="fp32"):
+    prefix = Prefix(net, until, here, precision)
+    return PrefixOutputs(net, prefix, data.train, net.preprocess, turns_of(augment), reporter or Reporter())
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    seen, run = [], PrefixOutputs._run
+    monkeypatch.setattr(PrefixOutputs, "_run", lambda self, images: seen.append(len(images)) or run(self, images))
+    return seen
+
+
+OPTIONS = [{}, {"micro_batch": 2}, {"rank": 1, "ranks": 2}, {"balanced": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("augment", [FLIPS, replace(FLIPS, rotate90=True, repeats=2)], ids=["flips", "turns"])
+def test_the_batches_of_the_loader(data, net, here, options, augment):
+    """Against the loader's own pictures, run through the network itself."""
+    made, source = loader(data, net, augment, **options), outputs(data, net, here, augment)
+    for epoch in range(2):
+        pairs = zip(made.epoch(epoch, 1), source.batches(made, epoch, 1), strict=True)
+        for wanted, found in pairs:
+            assert (found.step, found.part, found.parts) == (wanted.step, wanted.part, wanted.parts)
+            assert torch.equal(found.indices, wanted.indices)
+            assert torch.equal(found.labels, wanted.labels)
+            with torch.no_grad():
+                maps = net.features(normalise(wanted.images, net.preprocess), ("stem", "layer1", "layer2"))
+            assert relative_error(found.given.images, maps["layer2"]) <= 1e-5
+            assert found.given.images.is_contiguous(memory_format=torch.channels_last)
+            assert set(found.given.known) == {"stem", "layer1"}
+            for tap, value in found.given.known.items():
+                assert relative_error(value, net.pool(maps[tap])) <= 1e-5
+
+
+def taken(source, made, epochs=(0, 1, 2)):
+    return [
+        torch.cat([batch.given.images.flatten(1), *batch.given.known.values()], 1).clone()
+        for epoch in epochs
+        for batch in source.batches(made, epoch)
+    ]
+
+
+def equal(one, other) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
+
+
+def test_complete_outputs_need_no_pictures(data, net, here, counted, monkeypatch):
+    made = loader(data, net)
+    source = outputs(data, net, here)
+    assert sum(len(values) for _, values in source.all()) == 4 * len(data.train)
+    assert sum(counted) == 4 * len(data.train)
+    counted.clear()
+    monkeypatch.setattr(module, "Loader", lambda **_: pytest.fail("pictures were read"))
+    found = taken(outputs(data, net, here), made)
+    assert not counted
+    monkeypatch.undo()
+    assert equal(found, taken(source, made))
+
+
+@pytest.mark.parametrize("room", ["none", "a part", "all"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_same_bits_wherever_they_come_from(data, net, here, monkeypatch, room, precision):
+    """Begun anew in the middle, so that rows were computed in other company; and with less room on the disk."""
+    monkeypatch.setattr(module, "CHUNK", 5)
+    made = loader(data, net)
+    first = outputs(data, net, here, precision=precision)
+    wanted = taken(first, made)
+    width, recorder = first.rows.width, Recorder()
+    for path in cache_folder("features").iterdir():
+        path.unlink()
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", str({"none": 0, "a part": (4096 + 20.5 * width) / 1e9, "all": 1}[room]))
+    source = outputs(data, net, here, reporter=recorder, precision=precision)
+    assert equal(taken(source, made, (2,)), wanted[2 * made.steps :])
+    assert equal(taken(outputs(data, net, here, precision=precision), made), wanted)
+    assert [line.split("room for ")[1].split(" ")[0] for line in recorder.lines] == {
+        "none": ["0%"], "a part": ["25%"], "all": []
+    }[room]  # fmt: skip
+
+
+def test_a_prefix_that_pools_everything_keeps_no_maps(data, here):
+    net = with_head(network(), HeadSpec(taps=("layer1", "last")), 2)
+    source = outputs(data, net, here, until="trunk")
+    assert source.rows.width == 4 * (16 + 32)
+    batch = next(source.batches(loader(data, net), 0))
+    assert net(batch.given.images, after=batch.given.after, known=batch.given.known).shape == (6, 2)
+
+
+def test_rows_that_two_processes_share(tmp_path, cache):
+    reporter, path = Reporter(), tmp_path / "cache" / "features" / "key.rows"
+    one, other = (Rows(path, 10, 7, "rows", reporter) for _ in range(2))
+    values = np.arange(7, dtype=np.uint8)
+    one.write(3, values)
+    other.write(4, values + 1)
+    rows = np.array([2, 3, 4, 3])
+    for each in (one, other):
+        assert each.have(rows).tolist() == [False, True, True, True]
+        assert each.read(rows[1:]).tolist() == [values.tolist(), (values + 1).tolist(), values.tolist()]
+
+
+def test_a_file_that_is_evicted_goes_on_for_those_who_have_it(tmp_path, cache):
+    path = tmp_path / "cache" / "features" / "key.rows"
+    rows = Rows(path, 10, 7, "rows", Reporter())
+    path.unlink()
+    rows.write(1, np.ones(7, np.uint8))
+    assert rows.have(np.array([1])).all()
+    assert rows.read(np.array([1])).tolist() == [[1] * 7]
+
+
+def test_what_was_used_longest_ago_goes_first(tmp_path, cache, monkeypatch):
+    folder = tmp_path / "cache" / "features"
+    for number, name in enumerate(("old", "used", "new")):
+        Rows(folder / f"{name}.rows", 10, 1000, "rows", Reporter())
+        os.utime(folder / f"{name}.rows", (number, number))
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", str(45_000 / 1e9))
+    Rows(folder / "used.rows", 10, 1000, "rows", Reporter())
+    Rows(folder / "fourth.rows", 10, 1000, "rows", Reporter())
+    assert {path.stem for path in folder.iterdir()} == {"used", "new", "fourth"}
+
+
+FULL = """
+import resource, signal, sys
+import numpy as np
+from pathlib import Path
+from isthmus.train.rows import Rows
+from isthmus.train.reporter import Reporter
+class Recorder(Reporter):
+    lines = []
+    say = lines.append
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+recorder = Recorder()
+rows = Rows(Path(sys.argv[1]), 10, 5000, "rows", recorder)
+resource.setrlimit(resource.RLIMIT_FSIZE, (4096 + 12000, resource.RLIM_INFINITY))
+for row in range(5):
+    rows.write(row, np.full(5000, row, np.uint8))
+assert rows.have(np.arange(5)).tolist() == [True, True, False, False, False], rows.known
+assert rows.read(np.array([1])).max() == 1
+assert len(recorder.lines) == 1 and "not kept" in recorder.lines[0], recorder.lines
+"""
+
+
+def test_a_disk_that_fills_up_is_said_once(tmp_path, cache):
+    """A limit on the size of files stands for the disk: the third row is cut off in its middle."""
+    path = tmp_path / "cache" / "features" / "key.rows"
+    subprocess.run([sys.executable, "-c", FULL, str(path)], check=True)
+    assert Rows(path, 10, 5000, "rows", Reporter()).have(np.arange(5)).tolist() == [True, True, False, False, False]
+
+
+KILLED = """
+import itertools, sys
+import numpy as np
+from pathlib import Path
+from isthmus.train.reporter import Reporter
+from isthmus.train.rows import Rows
+rows = Rows(Path(sys.argv[1]), 200, 100_000, "rows", Reporter())
+print("ready", flush=True)
+for row in itertools.cycle(range(200)):
+    rows.write(row, np.full(100_000, row + 1, np.uint8))
+    print(row, flush=True)
+"""
+
+
+def test_a_killed_process_leaves_whole_rows(tmp_path, cache):
+    path = tmp_path / "cache" / "features" / "key.rows"
+    with subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.strip() == "37":
+                process.send_signal(signal.SIGKILL)
+                break
+    rows = Rows(path, 200, 100_000, "rows", Reporter())
+    there = np.flatnonzero(rows.have(np.arange(200)))
+    assert set(range(38)) <= set(there.tolist())
+    assert all((rows.read(np.array([row])) == row + 1).all() for row in there)
+
+
+def test_turning_is_what_the_loader_does():
+    x = torch.arange(24, dtype=torch.uint8).view(2, 3, 2, 2)
+    looks = {tuple(turned(x, turn).flatten().tolist()) for turn in range(8)}
+    assert len(looks) == 8
+    assert torch.equal(turned(x, 0), x)
+    assert torch.equal(turned(x, 4), x.flip(-1))
