@@ -8,19 +8,24 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.arch.memory import Memory
+from isthmus.data.loader import Loader
+from isthmus.data.sources import open_pictures
+from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.nn.batchnorm import BATCH_NORM, freeze_batchnorm, synchronise_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.memory import save_memory
+from isthmus.runtime import machine
 from isthmus.train.distributed import World, accumulated, joined, parallel, share_buffers
 from oracles import random_state
-from small_runs import SPEC, network
+from small_runs import SPEC, class_folders, network
 
 BATCH, MICRO = 12, 6
 SPECS = {
@@ -144,6 +149,17 @@ def scores(world: World) -> dict[str, Any]:
     return tally.over(world).to_dict()
 
 
+def evaluated(world: World) -> dict[str, Any]:
+    """The scores of a network on 23 pictures, of which each process reads its share."""
+    with TemporaryDirectory() as folder:
+        pictures = open_pictures(str(class_folders(Path(folder) / "pictures", {"brick": 5, "flower": 10, "grass": 8})))
+        net = network(replace(SPEC, num_classes=3))
+        loader = Loader(
+            pictures=pictures, record=net.preprocess, batch_size=6, train=False, rank=world.rank, ranks=world.size
+        )
+        return Inference(net, machine("cpu"), "fp32").evaluate(loader, world).to_dict()
+
+
 def words(world: World) -> dict[str, Any]:
     """What ranks tell each other, in a form that does not depend on their number."""
     mine = {"rank": world.rank, "text": "é" * world.rank, "state": torch.arange(world.rank + 1)}
@@ -179,6 +195,7 @@ CHECKS: dict[str, Callable[[World], Any]] = RUNS | {
     "half precision": half_precision,
     "plain norms": lambda world: trained(world, norm="plain"),
     "scores": scores,
+    "evaluated": evaluated,
     "words": words,
 }
 

@@ -55,9 +55,10 @@ def test_half_precision(found):
     assert relative_error(found["half precision"], rank_checks.half_precision(World())) <= 2e-2
 
 
-def test_scores_over_uneven_shares(found):
-    wanted = rank_checks.scores(World())
-    assert found["scores"] == wanted | {"loss": pytest.approx(wanted["loss"], rel=1e-12)}
+@pytest.mark.parametrize("check", ["scores", "evaluated"])
+def test_scores_over_uneven_shares(found, check):
+    wanted = rank_checks.CHECKS[check](World())
+    assert found[check] == wanted | {"loss": pytest.approx(wanted["loss"], rel=1e-12)}
 
 
 def test_sums_votes_and_gatherings(found):
