@@ -28,7 +28,7 @@ from isthmus.messages import listed
 from isthmus.nn.fold import insert_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
-from isthmus.runtime import Machine, Precision, machine, versions
+from isthmus.runtime import Machine, Precision, keep_freed_memory, machine, versions
 from isthmus.train.distributed import World, joined, restarted
 from isthmus.train.features import extract, with_head
 from isthmus.train.log import Log
@@ -82,6 +82,7 @@ def fit(
     when `out` holds a run already (unless `resume`, which takes the run's own recipe), Interrupted (after saving) on
     Ctrl-C. Nothing is written before data, recipe and weights are known to be sound.
     """
+    keep_freed_memory()
     with joined(device) as world:
         return fit_in(world, recipe, out, data, reporter or Reporter(), resume=resume)
 
