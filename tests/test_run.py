@@ -31,7 +31,7 @@ from isthmus.weights.source import open_source
 from small_runs import SPEC, Recorder, class_folders, copied, network, paths, same, same_files, weights
 
 LEFT = {"recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
-TRAINED = LEFT | {"best.safetensors", "checkpoints", "start.safetensors"}
+TRAINED = LEFT | {"best.safetensors", "checkpoints", "start.safetensors", "tensorboard"}
 
 
 @pytest.fixture(autouse=True)

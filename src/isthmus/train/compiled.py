@@ -2,13 +2,13 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.messages import first_line
-from isthmus.runtime import Machine, Precision
 from isthmus.train.distributed import World
 
 __all__ = ["Trial", "try_compiling"]
@@ -38,21 +38,19 @@ class Trial:
 
 
 def try_compiling(
-    model: nn.Module, inputs: Tensor, machine: Machine, precision: Precision, world: World
+    model: nn.Module, loss: Callable[[nn.Module], Tensor], device: torch.device, world: World
 ) -> tuple[nn.Module, Trial]:
     """The network to train and the trial behind it; weights, statistics, gradients and random numbers are left as is.
 
-    `inputs` is one batch as the network takes it. All processes decide alike: by the slowest of them.
+    `loss` computes that of one batch. All processes decide alike: by the one that gains least.
     """
     candidate: nn.Module = torch.compile(model)  # type: ignore[assignment]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    devices = [machine.torch_device] if machine.torch_device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" else []
 
     def seconds(net: nn.Module) -> float:
         began = time.perf_counter()
-        with machine.autocast(precision):
-            outputs = net(inputs)
-        outputs.float().square().mean().backward()
+        loss(net).backward()  # type: ignore[no-untyped-call]
         if devices:
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -253,9 +253,9 @@ class Parallel(nn.Module):
         self.ready: set[Tensor] = set()
         self.sums: list[distributed.Work] = []
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **options: Any) -> Any:
         """What the module gives."""
-        return self.module(*inputs)
+        return self.module(*inputs, **options)
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -13,10 +13,7 @@ from isthmus.messages import listed
 
 __all__ = ["ADVICE", "Heartbeat"]
 
-ADVICE = (
-    "the last checkpoint is whole: start the same command again to go on from it, or let torchrun do so with "
-    "--max-restarts"
-)
+ADVICE = "the last checkpoint is whole: go on from it with --resume, or let torchrun do so with --max-restarts"
 BEAT = 1.0  # seconds
 PATIENCE = 4  # beats without a sign after which a process counts as lost
 Sign = dict[str, Any] | None

@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
 from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
-from isthmus.nn.freeze import freeze
+from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
 from isthmus.nn.memory import save_memory
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision
@@ -23,7 +24,9 @@ from isthmus.train.checkpoint import Checkpoints
 from isthmus.train.compiled import try_compiling
 from isthmus.train.distributed import World, accumulated, parallel
 from isthmus.train.log import Log, write_tensorboard
+from isthmus.train.outputs import PrefixOutputs
 from isthmus.train.pace import Pace
+from isthmus.train.prefix import Prefix, frozen_at
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.train.schedule import rate, training_size
@@ -70,7 +73,6 @@ def train_network(
         synchronise_batchnorm(net)
     if plain_only := save_memory(net, recipe.memory):
         reporter.say(f"{listed(plain_only)} cannot recompute its parts and is run twice as a whole")
-    freeze(net, recipe.freeze)
     forward = Forward.of(net, data, recipe, machine, precision)
     state = RunState.start(net, recipe, device, scaled=precision == "fp16")
     checkpoints, saved = Checkpoints(run), None
@@ -80,20 +82,27 @@ def train_network(
         reporter.say(f"{run} holds no checkpoint; training begins anew")
     log = Log(run / LOG, saved["log"] if saved else 0, reporter) if world.main else None
     watch = Watch(device, gradients=precision != "fp16")
-    model = plain = parallel(net, world)
-    scores = Tally(data.classes)
+    scores, prefix, outputs = Tally(data.classes), None, None
 
     with stop_signals() as stop, memory_explained(net, recipe, machine, precision, world.size):
         for epoch in range(state.epoch, recipe.epochs):
             train = training_loader(data, recipe, net, epoch, world)
+            until = frozen_at(recipe, net.stages, epoch)
+            if prefix is None or prefix.until != until:
+                freeze(net, until)
+                before, prefix, outputs = frozen_sums(net), Prefix(net, until, machine, precision), None
+                model, compiling = parallel(net, world), recipe.compile and state.compiled is not False
+            if outputs is None or recipe.start_size:
+                outputs = PrefixOutputs.where_possible(net, prefix, train, reporter)
+            batches = outputs.batches(train, epoch, state.step) if outputs else train.epoch(epoch, state.step)
             name, size, every = f"epoch {epoch + 1}/{recipe.epochs}", train.step_size, -(-train.steps // ROWS)
             pace, taken, row = Pace(), list[Batch](), dict[str, Any]()
             net.train()
-            for batch in pace.over(train.epoch(epoch, state.step)):
-                inputs, taken = forward.inputs(batch, epoch), [*taken, batch]
-                if recipe.compile and state.compiled is not False and model is plain:
-                    model, trial = try_compiling(plain, inputs.images, machine, precision, world)
-                    state.compiled = trial.wins
+            for batch in pace.over(batches):
+                inputs, taken = forward.inputs(batch, prefix, epoch), [*taken, batch]
+                if compiling:
+                    trained, trial = try_compiling(net, partial(forward.loss, inputs=inputs), device, world)
+                    model, state.compiled, compiling = parallel(trained, world), trial.wins, False
                     reporter.say(str(trial))
                 last = batch.part == batch.parts - 1
                 with accumulated(model, last=last):
@@ -104,7 +113,7 @@ def train_network(
                 if not last:
                     continue
                 if world.any(not watch.fine(net), "a look at the loss"):
-                    again = (forward.loss(net, forward.inputs(each, epoch)) for each in taken)
+                    again = (forward.loss(net, forward.inputs(each, prefix, epoch)) for each in taken)
                     names = [data.train.name(index) for each in taken for index in each.indices.tolist()]
                     raise not_finite(
                         world.gather((first_not_finite(net, again), names)),
@@ -135,6 +144,7 @@ def train_network(
                 if stopped:
                     raise Interrupted(f"stopped in epoch {epoch + 1} after {state.step} of {train.steps} steps")
 
+            require_unmoved(before, net)
             val = validation_loader(data, recipe, net, world)
             scores = Inference(state.used, machine, precision).evaluate(val, world)
             for part, loader in (("train", train), ("validation", val)):

@@ -105,6 +105,15 @@ class PrefixOutputs:
         count = len(pictures) * len(self.seen)
         self.rows = Rows(cache_folder("features") / f"{key}.rows", count, width, what, reporter)
 
+    @classmethod
+    def where_possible(cls, net: ResNet, prefix: Prefix, loader: Loader, reporter: Reporter) -> "PrefixOutputs | None":
+        """Those for a training loader; None where there is no prefix, or pictures are seen in too many ways."""
+        seen = turns_of(loader.augment) if loader.augment and loader.on_error == "raise" else ()
+        if not prefix.after or not seen:
+            return None
+        record = loader.record.at(loader.size) if loader.size else loader.record
+        return cls(net, prefix, loader.pictures, record, seen, reporter)
+
     def compute(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
         """Rows and their bytes (n, width), in the order given, kept where there is room."""
         places, turns = np.divmod(rows, len(self.seen))

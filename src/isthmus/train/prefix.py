@@ -50,7 +50,7 @@ class Prefix:
     """
 
     def __init__(self, net: ResNet, until: str, machine: Machine, precision: Precision) -> None:
-        self.machine, self.device, self.spec = machine.name, machine.torch_device, net.spec
+        self.until, self.machine, self.device, self.spec = until, machine.name, machine.torch_device, net.spec
         whole = until == "trunk" or (until == net.stages[-1] and not net.spec.preact)
         points = ("stem", *net.stages)
         inside = points if whole else points[: points.index(until) + 1] if until != "none" else ()

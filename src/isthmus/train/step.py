@@ -13,6 +13,8 @@ from isthmus.data.transform import normalise
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision
 from isthmus.train.loss import Objective, class_weights
+from isthmus.train.outputs import Computed
+from isthmus.train.prefix import Given, Prefix
 from isthmus.train.recipe import Recipe
 from isthmus.train.schedule import rate
 from isthmus.train.state import RunState
@@ -23,8 +25,14 @@ __all__ = ["Forward", "Inputs", "move"]
 class Inputs(NamedTuple):
     """What the network and the objective take of a batch."""
 
-    images: Tensor
+    given: Given
     targets: Tensor
+
+    def through(self, model: nn.Module) -> Tensor:
+        """The logits of `model`, which is the network or a wrapped or compiled form of it."""
+        images, after, known = self.given
+        logits: Tensor = model(images, after=after, known=known)
+        return logits
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,17 +61,21 @@ class Forward:
             classes=len(data.classes),
         )
 
-    def inputs(self, batch: Batch, epoch: int) -> Inputs:
-        """Normalised, channels_last and mixed, on the network's device."""
+    def inputs(self, batch: Batch, prefix: Prefix, epoch: int) -> Inputs:
+        """Normalised, channels_last and mixed on the network's device, or computed already; behind what is frozen."""
         device = self.machine.torch_device
+        targets = batch.labels.to(device)
+        if isinstance(batch, Computed):
+            return Inputs(batch.given, targets)
         images = normalise(batch.images.to(device), self.net.preprocess).contiguous(memory_format=torch.channels_last)
         at = {"seed": self.recipe.seed, "epoch": epoch, "step": batch.step}
-        return Inputs(*mix(images, batch.labels.to(device), self.recipe.augment, classes=self.classes, **at))
+        images, targets = mix(images, targets, self.recipe.augment, classes=self.classes, **at)
+        return Inputs(prefix(images), targets)
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """The summed loss of the batch under `model`, which is the network or a wrapped or compiled form of it."""
+        """The summed loss of the batch."""
         with self.machine.autocast(self.precision):
-            logits = model(inputs.images)
+            logits = inputs.through(model)
         return self.objective(logits, inputs.targets)
 
 
