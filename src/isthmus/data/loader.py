@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.augment import Augment, augmented
+from isthmus.data.cache import Resized
 from isthmus.data.decode import Pixels, decode
 from isthmus.data.order import Part, balanced_draw, earlier, parts_of, sample_generator
 from isthmus.data.pictures import WINDOW, Pictures
@@ -73,8 +74,8 @@ class Loader:
     parts of at most `micro_batch` pictures (0: whole). Training shuffles or, `balanced`, draws every class equally
     often; it augments, and drops the last partial step (unless it is the only one), so that every rank has the same
     steps and parts of the same sizes. Evaluation has every picture once over all ranks, in order. `size` is the side
-    of the images in pixels (0: the record's crop). `threads` decode (0: one a core); they beat processes, which must
-    copy what they decode.
+    of the images in pixels (0: the record's crop). Pictures come from `resized` where it is given. `threads` decode
+    (0: one a core); they beat processes, which must copy what they decode.
 
     An unreadable picture raises DataError naming it. With on_error="skip", `unreadable` keeps its index and reason,
     and evaluation leaves it out (a batch without any is not yielded), while training takes the next readable one in
@@ -86,6 +87,7 @@ class Loader:
     batch_size: int
     train: bool
     augment: Augment | None = None
+    resized: Resized | None = None
     size: int = 0
     balanced: bool = False
     seed: int = 0
@@ -158,6 +160,8 @@ class Loader:
         order = _Order(indices, earlier(indices))
         record = self.record.at(self.size) if self.size else self.record
         labels = torch.from_numpy(self.pictures.labels)
+        if self.resized is not None:
+            self.resized.refresh()
         threads = self.threads or cores()
         pending: deque[tuple[Part, Pixels, list[Future[_Filled]]]] = deque()
         waiting = 0
@@ -194,7 +198,7 @@ class Loader:
             if index in reasons:
                 continue
             try:
-                pixels = decode(self.pictures.read(index), record.channels, self.pictures.name(index))
+                pixels = self._pixels(index)
             except DataError as error:
                 if self.on_error == "raise":
                     raise
@@ -207,6 +211,11 @@ class Loader:
                 row[...] = augmented(pixels, self.augment, record, random).permute(1, 2, 0).numpy()
             return _Filled(index, reasons)
         return _Filled(None, reasons)
+
+    def _pixels(self, index: int) -> Pixels:
+        if self.resized is not None:
+            return self.resized.pixels(index)
+        return decode(self.pictures.read(index), self.record.channels, self.pictures.name(index))
 
     def _finish(self, part: Part, pixels: Pixels, filled: list[Future[_Filled]], labels: Tensor) -> Iterator[Batch]:
         found = [future.result() for future in filled]

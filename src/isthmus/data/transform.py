@@ -9,11 +9,11 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from isthmus.arch.preprocess import Preprocess
+from isthmus.arch.preprocess import Interpolation, Preprocess
 from isthmus.data.decode import Pixels, pixels_of
 from isthmus.errors import DataError
 
-__all__ = ["Box", "centred", "channels_first", "cut_out", "evaluation_transform", "mirrored", "normalise"]
+__all__ = ["Box", "centred", "channels_first", "cut_out", "evaluation_transform", "mirrored", "normalise", "resample"]
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels of the picture."""
@@ -43,15 +43,18 @@ def centred(pixels: Pixels, record: Preprocess) -> Pixels:
 
 
 def cut_out(pixels: Pixels, box: Box, record: Preprocess) -> Pixels:
-    """The part of a picture inside `box`, resized to (crop, crop, C) with antialiasing.
+    """The part of a picture inside `box`, resized to (crop, crop, C)."""
+    return resample(pixels, box, (record.crop, record.crop), record.interpolation)
 
-    Resampled by torch, four times as fast as Pillow and off by one grey level in 1 % of the pixels (bicubic: by up to
-    seven levels where Pillow overshoots), which training does not mind.
+
+def resample(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Pixels:
+    """The part of a picture inside `box` in another size (height, width), antialiased.
+
+    By torch, in a quarter of Pillow's time; bilinear, one value in a hundred is off by one grey level.
     """
     left, top, right, bottom = box
     part = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
-    size = (record.crop, record.crop)
-    return F.interpolate(part, size=size, mode=record.interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
 
 
 def mirrored(pixels: Pixels) -> Pixels:
