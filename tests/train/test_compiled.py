@@ -21,7 +21,7 @@ class Clock:
     def __init__(self, monkeypatch, *, eager: float, compiled: float) -> None:
         self.now, self.seconds = 0.0, {False: eager, True: compiled}
         monkeypatch.setattr(isthmus.train.compiled.time, "perf_counter", lambda: self.now)
-        monkeypatch.setattr(torch, "compile", lambda model: Wrapped(model))
+        monkeypatch.setattr(torch, "compile", Wrapped)
 
     def loss(self, net):
         self.now += self.seconds[isinstance(net, Wrapped)]
@@ -72,6 +72,7 @@ def test_a_compiler_that_fails_is_told_of(monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("default")  # of the compiler
 def test_the_real_compiler():
     net = network(replace(SPEC, num_classes=2)).train()
     before = copied(net)

@@ -1,11 +1,11 @@
-"""The learning rate against torch's own schedulers."""
+"""The learning rate against torch's own schedulers, and the size of the training crop."""
 
 import pytest
 import torch
 from torch import nn
 
 from isthmus.train.recipe import Recipe
-from isthmus.train.schedule import learning_rate, rate
+from isthmus.train.schedule import learning_rate, rate, training_size
 
 START = {"data": "x", "weights": "w", "freeze": "none"}
 
@@ -82,3 +82,18 @@ def test_warm_up_leads_to_the_peak_of_every_schedule(schedule):
     assert rates[:15] == pytest.approx([0.4 * (step + 1) / 15 for step in range(15)])
     assert rates[15] == pytest.approx(0.4)
     assert max(rates) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sizes"),
+    [
+        ({}, [224] * 5),
+        ({"train_size": 176}, [176] * 5),
+        ({"train_size": 224, "start_size": 128}, [128, 128, 160, 192, 224]),  # 128, 152, 176, 200 and 224, stepwise
+        ({"train_size": 100, "start_size": 32}, [32, 32, 64, 64, 100]),
+        ({"train_size": 64, "start_size": 64}, [64] * 5),
+    ],
+)
+def test_training_crops_grow_in_steps(settings, sizes):
+    made = Recipe(data="pictures", weights="w", epochs=5, **settings)
+    assert [training_size(made, epoch, 224) for epoch in range(5)] == sizes
