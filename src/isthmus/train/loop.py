@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from isthmus.data.cache import Resized
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.sources import DataSet
 from isthmus.errors import MissingExtraError
@@ -82,11 +83,12 @@ def train_network(
         reporter.say(f"{run} holds no checkpoint; training begins anew")
     log = Log(run / LOG, saved["log"] if saved else 0, reporter) if world.main else None
     watch = Watch(device, gradients=precision != "fp16")
+    resized = Resized(data.train, recipe.resized, net.preprocess, rank=world.rank) if recipe.resized else None
     scores, prefix, outputs = Tally(data.classes), None, None
 
     with stop_signals() as stop, memory_explained(net, recipe, machine, precision, world.size):
         for epoch in range(state.epoch, recipe.epochs):
-            train = training_loader(data, recipe, net, epoch, world)
+            train = training_loader(data, recipe, net, epoch, world, resized)
             until = frozen_at(recipe, net.stages, epoch)
             if prefix is None or prefix.until != until:
                 freeze(net, until)
@@ -145,6 +147,8 @@ def train_network(
                     raise Interrupted(f"stopped in epoch {epoch + 1} after {state.step} of {train.steps} steps")
 
             require_unmoved(before, net)
+            if resized is not None and resized.full and epoch == 0:
+                reporter.say(f"not every picture is kept resized: {resized.full}")
             val = validation_loader(data, recipe, net, world)
             scores = Inference(state.used, machine, precision).evaluate(val, world)
             for part, loader in (("train", train), ("validation", val)):
@@ -173,7 +177,9 @@ def train_network(
     return state.used, scores
 
 
-def training_loader(data: DataSet, recipe: Recipe, net: ResNet, epoch: int, world: World) -> Loader:
+def training_loader(
+    data: DataSet, recipe: Recipe, net: ResNet, epoch: int, world: World, resized: Resized | None
+) -> Loader:
     """The pictures of an epoch as this process sees them."""
     return Loader(
         pictures=data.train,
@@ -184,6 +190,7 @@ def training_loader(data: DataSet, recipe: Recipe, net: ResNet, epoch: int, worl
         size=training_size(recipe, epoch, net.preprocess.crop),
         balanced=recipe.balance == "sampling",
         seed=recipe.seed,
+        resized=resized,
         rank=world.rank,
         ranks=world.size,
         micro_batch=recipe.micro_batch,

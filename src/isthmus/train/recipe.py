@@ -22,7 +22,7 @@ RANGES: dict[str, Range] = {
     "seed": ("lie in 0..2**63 - 1", lambda value: 0 <= value < 2**63),
     **dict.fromkeys(("crop_part", "layer_decay"), FACTOR),
     **dict.fromkeys(("momentum", "label_smoothing", "drop_path", "ema"), PART),
-    **dict.fromkeys(("image_size", "train_size", "start_size", "micro_batch", "save_every"), FROM_0),
+    **dict.fromkeys(("image_size", "train_size", "start_size", "resized", "micro_batch", "save_every"), FROM_0),
     **dict.fromkeys(("weight_decay", "warmup_epochs", "clip_norm", "unfreeze_epochs"), FROM_0),
     **dict.fromkeys(("epochs", "batch_size", "ema_every"), FROM_1),
     **dict.fromkeys(("lr", "head_lr_factor"), ABOVE_0),
@@ -50,6 +50,7 @@ class Recipe:
     augment: Augment = Augment()
     train_size: int = 0  # the crop that is trained on; 0: the one that is evaluated (Touvron et al. 2019)
     start_size: int = 0  # the training crop grows from here (progressive resizing); 0: it does not
+    resized: int = 0  # crops come from pictures kept with this shorter side, not decoded each time; 0: from the files
     unreadable: Literal["stop", "skip"] = "stop"  # at a picture that cannot be read, or take the next one and say so
     epochs: int = 8
     batch_size: int = 32  # pictures of one optimiser step, over all processes
@@ -94,6 +95,9 @@ class Recipe:
             ),
             f"start_size is {self.start_size} and train_size {self.train_size}; the crop grows to train_size": (
                 self.start_size > 0 and not self.start_size <= self.train_size
+            ),
+            f"resized is {self.resized} and train_size {self.train_size}; a crop is no larger than its picture": (
+                0 < self.resized < max(self.train_size, 1)
             ),
             "schedule is 'step' and drops is empty; say after which parts of the run the rate drops": (
                 self.schedule == "step" and not self.drops
