@@ -10,10 +10,10 @@ from cyclopts import App
 from isthmus.cli import main
 from isthmus.cli.main import app
 
-COMMANDS = ["weights", "models", "plan", "train", "recipes", "eval", "predict", "shards", "env"]
+COMMANDS = ["weights", "bench", "models", "plan", "train", "recipes", "eval", "predict", "shards", "env"]
 WEIGHTS = ["inspect", "convert", "verify", "list"]
 # Commands whose options are pinned in tests/golden/commands.json; add a name, then run pytest --regenerate.
-PINNED = ["models", "plan", "recipes", "shards", *(f"weights {name}" for name in WEIGHTS)]
+PINNED = ["models", "plan", "recipes", "shards", "bench data", *(f"weights {name}" for name in WEIGHTS)]
 
 
 def at(words: str) -> App:
@@ -42,6 +42,7 @@ def options(command: str) -> dict[str, dict[str, object]]:
 def test_commands():
     assert [name for name in app if not name.startswith("-")] == COMMANDS
     assert [name for name in app["weights"] if not name.startswith("-")] == WEIGHTS
+    assert [name for name in app["bench"] if not name.startswith("-")] == ["data"]
 
 
 def test_options(golden):

@@ -16,6 +16,8 @@ app = App(
 )
 weights = App(name="weights", help="Weight files: look inside, write under other names, prove and find them.")
 app.command(weights)
+bench = App(name="bench", help="How fast this machine is at the work.")
+app.command(bench)
 # What a command does is said here too, so that `isthmus --help` imports none of them; a test holds the two together.
 COMMANDS = (
     (app, "models", "paper:models", "List the networks of the table with their cost."),
@@ -49,6 +51,12 @@ COMMANDS = (
         "Compare the outputs of weights with those of the library they are from, or of other weights.",
     ),
     (weights, "list", "weights:list_weights", "List published weights."),
+    (
+        bench,
+        "data",
+        "bench:data",
+        "Show how many pictures a second the loader and the training step do alone, and which one binds.",
+    ),
     (
         app,
         "env",
