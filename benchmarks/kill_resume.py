@@ -90,9 +90,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root, cells = Path(folder), elpv_pictures()
         with (root / "cells.csv").open("w", newline="") as file:
-            csv.writer(file).writerows(
-                [cells.name(index), cells.classes[cells.labels[index]]] for index in range(PICTURES)
-            )
+            labelled = ([cells.name(index), cells.classes[cells.labels[index]]] for index in range(PICTURES))
+            csv.writer(file).writerows([["path", "label"], *labelled])
         for processes in (1, 2):
             straight, began = root / f"straight{processes}", time.perf_counter()
             wanted = finished(straight, root / "cells.csv", processes)
