@@ -93,6 +93,7 @@ def test_the_lowest_floors_are_the_standard_library(path):
 
 
 OPTIONAL = {
+    "aiohttp",
     "datasets",
     "fsspec",
     "h5py",
