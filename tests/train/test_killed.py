@@ -6,6 +6,7 @@ The moment is a call of a Python or C function, counted from the command's start
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,3 +123,30 @@ def test_killed_twice(runs):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_killed_five_times(runs, seed):
     assert_same_run(runs.killed(f"five{seed}", 5, seed), runs.straight)
+
+
+@pytest.mark.long
+def test_a_disk_that_fills_up(runs):
+    """A real one, where this process may mount one: it takes two states, and the third when there is more room."""
+    disk = runs.root / "disk"
+    disk.mkdir()
+    if (
+        not (mount := shutil.which("mount"))
+        or subprocess.run(
+            [mount, "-t", "tmpfs", "-o", "size=240k", "tmpfs", disk], check=False, capture_output=True
+        ).returncode
+    ):
+        pytest.skip("only root may mount a small file system")
+    try:
+        full = runs.live(disk / "run")
+        assert full.returncode != 0
+        assert "No space left on device" in full.stderr
+        assert "Traceback" not in full.stderr
+        before = Checkpoints(disk / "run").files()
+        assert before
+        subprocess.run([mount, "-o", "remount,size=10m", disk], check=True)
+        again = runs.live(disk / "run")
+        assert again.returncode == 0, again.stderr
+        assert_same_run(disk / "run", runs.straight)
+    finally:
+        subprocess.run(["umount", disk], check=True)
