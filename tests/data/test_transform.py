@@ -113,7 +113,7 @@ def test_crops_are_pillows_to_a_grey_level(interpolation, photos):
             theirs = part.resize((record.crop, record.crop), filters[interpolation])
             differences.append(np.abs(ours.astype(int) - np.asarray(theirs)).ravel())
     levels = np.concatenate(differences)
-    assert (levels > 0).mean() < (0.015 if interpolation == "bilinear" else 0.025)
+    assert (levels > 0).mean() < (0.02 if interpolation == "bilinear" else 0.025)
     assert (levels > 1).mean() <= (0.0 if interpolation == "bilinear" else 1e-4)
 
 

@@ -50,8 +50,8 @@ def cut_out(pixels: Pixels, box: Box, record: Preprocess) -> Pixels:
 def resample(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Interpolation) -> Pixels:
     """The part of a picture inside `box` in another size (height, width), antialiased.
 
-    By torch, in a quarter of Pillow's time. Bilinear, one value in a hundred is a grey level off Pillow's; bicubic, two
-    in a hundred, and less than one in ten thousand more than that.
+    By torch, in a quarter of Pillow's time. One or two values in a hundred are a grey level off Pillow's; bicubic, less
+    than one in ten thousand is further off.
     """
     left, top, right, bottom = box
     part = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
