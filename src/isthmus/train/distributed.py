@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import zip_longest
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -40,6 +40,7 @@ class World:
     local_rank: int = 0
     device: str | None = None
     heartbeat: Heartbeat | None = field(default=None, repr=False, compare=False)
+    control: distributed.ProcessGroup | None = field(default=None, repr=False, compare=False)  # for CPU tensors
 
     @property
     def main(self) -> bool:
@@ -52,7 +53,7 @@ class World:
             return tensor
         self._reach("a sum")
         total = tensor.detach().clone()
-        distributed.all_reduce(total)
+        distributed.all_reduce(total, group=self.control if total.device.type == "cpu" else None)
         return total
 
     def any(self, flag: bool, what: str = "the end of a step") -> bool:
@@ -61,7 +62,7 @@ class World:
             return flag
         self._reach(what)
         votes = torch.tensor(int(flag))
-        distributed.all_reduce(votes)
+        distributed.all_reduce(votes, group=self.control)
         return bool(votes)
 
     def barrier(self, what: str) -> None:
@@ -78,10 +79,10 @@ class World:
         torch.save(value, buffer)
         mine = torch.frombuffer(bytearray(buffer.getbuffer()), dtype=torch.uint8)
         lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
-        distributed.all_gather(lengths, torch.tensor(len(mine)))
+        distributed.all_gather(lengths, torch.tensor(len(mine)), group=self.control)
         longest = int(max(lengths))
         texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
-        distributed.all_gather(texts, nn.functional.pad(mine, (0, longest - len(mine))))
+        distributed.all_gather(texts, nn.functional.pad(mine, (0, longest - len(mine))), group=self.control)
         return [
             torch.load(io.BytesIO(text[: int(length)].numpy().tobytes()), weights_only=True, map_location="cpu")
             for text, length in zip(texts, lengths, strict=True)
@@ -112,7 +113,10 @@ def joined(device: str | None = None) -> Iterator[World]:
         return
     limit = timedelta(seconds=timeout())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if device in (None, "cuda") and torch.cuda.is_available():
+    cuda = device in (None, "cuda") and torch.cuda.is_available()
+    if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise RunError(f"there are {torch.cuda.device_count()} GPUs here; give torchrun no more --nproc-per-node")
         device = f"cuda:{local_rank}"
         torch.cuda.set_device(local_rank)
     if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun sets 1; any other number is the user's choice
@@ -128,13 +132,20 @@ def joined(device: str | None = None) -> Iterator[World]:
     reason, told = "", False
     try:
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
             store=PrefixStore("group", store),
             rank=rank,
             world_size=size,
-            timeout=limit,
+            timeout=2 * limit if cuda else limit,  # NCCL aborts the process, so gloo must come first and tell why
         )
-        yield World(rank=rank, size=size, local_rank=local_rank, device=device, heartbeat=heartbeat)
+        yield World(
+            rank=rank,
+            size=size,
+            local_rank=local_rank,
+            device=device,
+            heartbeat=heartbeat,
+            control=cast("distributed.ProcessGroup", distributed.new_group(backend="gloo", timeout=limit)),
+        )
     except (IsthmusError, RuntimeError) as error:
         reason = first_line(error)
         failure = error if isinstance(error, IsthmusError) else explained(error, heartbeat)
