@@ -89,6 +89,23 @@ def test_who_is_missing_is_said_once(fault, message):
     assert {"killed": -9, "bug": 1, "leaving": 0, "hanging": -9}.get(fault, 2) == ends[1][0]
 
 
+def test_ranks_that_never_join_are_named(monkeypatch):
+    """What ranks of an earlier start wrote into the store is not taken for them."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("hello 1", "of another time")
+    for name, value in {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "WORLD_SIZE": "3",
+        "RANK": "0",
+        "ISTHMUS_TIMEOUT": "0.1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RunError, match="these ranks have not joined: 1, 2; ISTHMUS_TIMEOUT allows more"), joined("cpu"):
+        pass
+
+
 def test_alone_everything_is_itself(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     net = network()

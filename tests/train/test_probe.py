@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 from isthmus.arch.plan import plan
 from isthmus.arch.spec import HeadSpec, NetSpec, StageSpec
+from isthmus.errors import RecipeError
 from isthmus.nn.network import make_head
 from isthmus.train import probe as module
-from isthmus.train.probe import LINEAR, Features, FittedHead, Probe, candidates, choose, fit_head
+from isthmus.train.probe import LINEAR, Features, FittedHead, Probe, candidates, choose, fit_head, probes_of
 
 SMALL = Probe(taps=("last",), pools=("avg",), hidden=16, members=3)
 
@@ -190,3 +191,12 @@ def test_candidates_read_what_the_network_has():
         assert len(set(taps)) == len(taps)
         assert {tap for each in taps for tap in each} <= {*stages[:-1], "last"}
         assert all(taps)
+
+
+def test_the_probes_that_a_head_stands_for():
+    stages = ("layer1", "layer2", "layer3")
+    assert probes_of("chosen", stages) == candidates(stages)
+    assert probes_of("linear", stages) == (LINEAR,)
+    assert [probe.taps for probe in probes_of("layer2", stages)] == [("layer2",)]
+    with pytest.raises(RecipeError, match="head is 'layer4'; known: chosen, linear, layer1, layer2, layer3"):
+        probes_of("layer4", stages)

@@ -194,7 +194,8 @@ def test_a_file_that_is_missing_or_no_text(tmp_path):
 
 def test_names_of_the_table():
     with pytest.raises(
-        RecipeError, match="there is no recipe 'magic'; known: probe, linear-probe, finetune, scratch, he-90"
+        RecipeError,
+        match="there is no recipe 'magic'; known: probe, linear-probe, quick-probe, finetune, scratch, he-90",
     ):
         recipe("magic", **START)
     with pytest.raises(RecipeError, match="recipe probe: got an unexpected keyword argument 'speed'"):

@@ -22,6 +22,7 @@ __all__ = ["TerminalReporter"]
 
 EVERY = 30.0  # seconds between two lines in a file
 FACTS: dict[str, Callable[[float], str]] = {
+    "epoch": lambda value: f"epoch {value:.0f}",
     "loss": lambda value: f"loss {value:.3f}",
     "lr": lambda value: f"lr {value:.2g}",
     "memory": lambda value: f"{value / 2**30:.1f} GiB",

@@ -1,9 +1,12 @@
 """One process or many: torchrun's environment as a `World`, and what the training loop asks of it."""
 
 import io
+import json
 import os
 import signal
 import threading
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -13,11 +16,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from isthmus.errors import IsthmusError, RunError
-from isthmus.messages import first_line
+from isthmus.messages import first_line, listed
 from isthmus.runtime import cores
 from isthmus.train.heartbeat import ADVICE, Heartbeat
 
@@ -127,6 +130,7 @@ def joined(device: str | None = None) -> Iterator[World]:
         raise RunError(
             f"WORLD_SIZE is {size}, but the processes cannot meet: {first_line(error)}; start them with torchrun"
         ) from error
+    store = PrefixStore(meeting(store, rank, size, limit.total_seconds()), store)
     heartbeat = Heartbeat(PrefixStore("isthmus", store), rank, size)
     heartbeat.start()
     reason, told = "", False
@@ -164,6 +168,34 @@ def joined(device: str | None = None) -> Iterator[World]:
         heartbeat.stop(reason, told=told)
         if distributed.is_initialized():
             distributed.destroy_process_group()
+
+
+def meeting(store: Store, rank: int, size: int, limit: float) -> str:
+    """A name that these processes share and those of no earlier start: torchrun's store outlives restarts.
+
+    What earlier processes wrote may still be read, so rank 0 offers a name together with what every rank has said of
+    itself, until each has found itself there. Raises RunError naming the ranks that have not after `limit` seconds.
+    """
+    mine, began = uuid.uuid4().hex, time.monotonic()
+    store.set(f"hello {rank}", mine)
+    others = [f"{mine} {other}" for other in range(1, size)]
+    while True:
+        if rank == 0:
+            said = [
+                store.get(key).decode() if store.check([key]) else "" for key in map("hello {}".format, range(size))
+            ]
+            store.set("offer", json.dumps(said))
+            if store.check(others):
+                return mine
+        elif store.check(["offer"]):
+            said = json.loads(store.get("offer"))
+            if rank < len(said) and said[rank] == mine:
+                store.set(f"{said[0]} {rank}", "here")
+                return str(said[0])
+        if time.monotonic() - began > limit:
+            absent = [key.rpartition(" ")[2] for key in others if not store.check([key])] if rank == 0 else ["0"]
+            raise RunError(f"after {limit:.0f} s these ranks have not joined: {listed(absent)}; {TIMEOUT} allows more")
+        time.sleep(0.02)
 
 
 def timeout() -> float:

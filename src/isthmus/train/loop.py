@@ -11,6 +11,7 @@ import torch
 
 from isthmus.data.cache import Resized
 from isthmus.data.loader import Batch, Loader
+from isthmus.data.rate import loader_rate
 from isthmus.data.sources import DataSet
 from isthmus.errors import MissingExtraError
 from isthmus.evaluation.inference import Inference
@@ -26,7 +27,7 @@ from isthmus.train.compiled import try_compiling
 from isthmus.train.distributed import World, accumulated, parallel
 from isthmus.train.log import Log, write_tensorboard
 from isthmus.train.outputs import PrefixOutputs
-from isthmus.train.pace import Pace
+from isthmus.train.pace import Pace, binding
 from isthmus.train.prefix import Prefix, frozen_at
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
@@ -39,6 +40,7 @@ __all__ = ["LOG", "Interrupted", "train_network"]
 
 LOG = "log.jsonl"
 ROWS = 20  # of an epoch in the log
+LOOK = 10  # micro-batches before the run says whether loader or network binds
 
 
 class Interrupted(KeyboardInterrupt):
@@ -84,7 +86,7 @@ def train_network(
     log = Log(run / LOG, saved["log"] if saved else 0, reporter) if world.main else None
     watch = Watch(device, gradients=precision != "fp16")
     resized = Resized(data.train, recipe.resized, net.preprocess, rank=world.rank) if recipe.resized else None
-    scores, prefix, outputs = Tally(data.classes), None, None
+    scores, prefix, outputs, alone = Tally(data.classes), None, None, None
 
     with stop_signals() as stop, memory_explained(net, recipe, machine, precision, world.size):
         for epoch in range(state.epoch, recipe.epochs):
@@ -96,6 +98,8 @@ def train_network(
                 model, compiling = parallel(net, world), recipe.compile and state.compiled is not False
             if outputs is None or recipe.start_size:
                 outputs = PrefixOutputs.where_possible(net, prefix, train, reporter)
+            if alone is None and train.steps > LOOK and outputs is None:
+                alone = loader_rate(train)
             batches = outputs.batches(train, epoch, state.step) if outputs else train.epoch(epoch, state.step)
             name, size, every = f"epoch {epoch + 1}/{recipe.epochs}", train.step_size, -(-train.steps // ROWS)
             pace, taken, row = Pace(), list[Batch](), dict[str, Any]()
@@ -125,7 +129,7 @@ def train_network(
                         lr=recipe.lr,
                         checkpoint=next(iter(checkpoints.files()), None),
                     )
-                lr, taken = move(state, recipe, train.steps), []
+                (lr, norm), taken = move(state, recipe, train.steps), []
                 done, ends = epoch * train.steps + state.step, state.step == train.steps
                 if state.step % every == 0 or ends:
                     row = {
@@ -135,9 +139,14 @@ def train_network(
                         "lr": lr,
                     }
                     row |= {"pictures_per_second": pace.rate * world.size, "memory": memory_in_use(device)}
+                    row |= {} if norm is None else {"gradient_norm": float(norm)}
                     if log is not None:
                         log.add(row)
-                reporter.progress(name, state.step * size, train.steps * size, row)
+                whole_run = recipe.epochs * train.steps * size
+                reporter.progress("training", done * size, whole_run, row | {"epoch": epoch + 1})
+                if alone and pace.batches == LOOK:
+                    reporter.say(binding(alone * world.size, pace.step_rate * world.size))
+                    alone = 0.0
                 stopped = world.any(bool(stop))
                 if stopped or ends or (recipe.save_every and state.step % recipe.save_every == 0):
                     whole = state.to_dict(world)

@@ -19,7 +19,8 @@ class Pace:
     """Seconds since it was made, those spent waiting for the loader, and the pictures that came."""
 
     def __init__(self) -> None:
-        self.began, self.waited, self.seen = time.perf_counter(), 0.0, 0
+        self.began, self.waited, self.seen, self.batches = time.perf_counter(), 0.0, 0, 0
+        self.steady = self.began, self.waited, self.seen  # when the first steps were done
 
     def over(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches as they come, the wait for each counted."""
@@ -30,23 +31,21 @@ class Pace:
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
-            self.seen += len(batch.labels)
             yield batch
-
-    @property
-    def seconds(self) -> float:
-        """Since it was made."""
-        return time.perf_counter() - self.began
+            self.seen, self.batches = self.seen + len(batch.labels), self.batches + 1
+            if self.batches == FIRST:
+                self.steady = time.perf_counter(), self.waited, self.seen
 
     @property
     def rate(self) -> float:
         """Pictures a second, all told."""
-        return self.seen / max(self.seconds, 1e-9)
+        return self.seen / max(time.perf_counter() - self.began, 1e-9)
 
     @property
     def step_rate(self) -> float:
-        """Pictures a second of the network alone."""
-        return self.seen / max(self.seconds - self.waited, 1e-9)
+        """Pictures a second of the network alone, its first steps left out."""
+        began, waited, seen = self.steady
+        return (self.seen - seen) / max(time.perf_counter() - began - (self.waited - waited), 1e-9)
 
 
 def step_rate(

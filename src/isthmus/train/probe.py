@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 from isthmus.arch.spec import HeadSpec
 from isthmus.data.order import stratified_folds
+from isthmus.errors import RecipeError
 from isthmus.evaluation.metrics import Tally
 from isthmus.train.schedule import learning_rate
 
-__all__ = ["LINEAR", "Choice", "Features", "FittedHead", "Probe", "candidates", "choose", "fit_head"]
+__all__ = ["LINEAR", "Choice", "Features", "FittedHead", "Probe", "candidates", "choose", "fit_head", "probes_of"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +78,13 @@ class Choice:
     probe: Probe
     accuracy: float
     loss: float
+
+
+def probes_of(head: str, stages: tuple[str, ...]) -> tuple[Probe, ...]:
+    """The probes that `Recipe.head` stands for, several where one is to be chosen; raises RecipeError."""
+    if head not in ("chosen", "linear", *stages):
+        raise RecipeError(f"head is {head!r}; known: chosen, linear, {', '.join(stages)}")
+    return (LINEAR,) if head == "linear" else candidates(stages) if head == "chosen" else (Probe(taps=(head,)),)
 
 
 def candidates(stages: tuple[str, ...]) -> tuple[Probe, ...]:

@@ -46,7 +46,7 @@ class Recipe:
     image_size: int = 0  # the crop that is evaluated; 0: as the weights ask
     crop_part: float = 1.0  # of the resized side, that the crop keeps
     views: tuple[View, ...] = ("identity", "hflip")  # a prediction averages over them
-    head: Literal["chosen", "linear"] = "chosen"
+    head: str = "chosen"  # by cross-validation; linear; or a stage such as layer3, which a small MLP then reads
     augment: Augment = Augment()
     train_size: int = 0  # the crop that is trained on; 0: the one that is evaluated (Touvron et al. 2019)
     start_size: int = 0  # the training crop grows from here (progressive resizing); 0: it does not

@@ -82,6 +82,12 @@ RECIPES: dict[str, Row] = {
         settings={"freeze": "trunk", "head": "linear", "views": ("identity",)},
         source="Alain & Bengio 2016",
     ),
+    # In half the time of `probe`: one view, one stage and nothing to choose. The stage before the last transfers best
+    # where the new pictures are unlike the old ones (Yosinski et al. 2014).
+    "quick-probe": Row(
+        settings={"freeze": "trunk", "head": "layer3", "views": ("identity",)},
+        source="benchmarks/elpv_time",
+    ),
     # All layers, from the head that suits the frozen trunk (Kumar et al. 2022), statistics of batch norm kept. The
     # pictures are whole, as that head knows them: on crops of the solar cells its loss is three times as high.
     "finetune": Row(

@@ -79,19 +79,23 @@ class Forward:
         return self.objective(logits, inputs.targets)
 
 
-def move(state: RunState, recipe: Recipe, steps: int) -> float:
-    """Let the optimiser take the next step, of `steps` in an epoch, and the average follow; the rate that it took."""
+def move(state: RunState, recipe: Recipe, steps: int) -> tuple[float, Tensor | None]:
+    """Let the optimiser take the next step, of `steps` in an epoch, and the average follow.
+
+    The rate that it took, and the norm of the gradient where it is clipped.
+    """
     step = state.epoch * steps + state.step
     lr = rate(recipe, step, steps)
     for group in state.optimizer.param_groups:
         group["lr"] = lr * group["lr_factor"]
     state.scaler.unscale_(state.optimizer)
+    norm = None
     if recipe.clip_norm:
-        torch.nn.utils.clip_grad_norm_(state.net.parameters(), recipe.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(state.net.parameters(), recipe.clip_norm)
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad()
     state.step += 1
     if state.average is not None and (step + 1) % recipe.ema_every == 0:
         state.average.update_parameters(state.net)
-    return lr
+    return lr, norm
