@@ -221,6 +221,14 @@ def test_the_network_stays_a_network(mode):
     assert saved_bytes(net, x) < 0.5 * whole
 
 
+def test_compiled_it_is_the_plain_network():
+    net = network("resnet26")
+    x = picture(2, 3, 33, 33)
+    wanted = net(x)
+    save_memory(net, "recompute")
+    assert relative_error(torch.compile(net, backend="eager", fullgraph=True)(x), wanted) < 1e-12
+
+
 def test_second_derivatives_are_refused():
     net = network("resnet26")
     save_memory(net, "recompute")

@@ -42,6 +42,8 @@ class Stage(nn.Sequential):
     memory: Memory
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return cast("Tensor", super().forward(x))  # type: ignore[no-untyped-call]
         for block in self:
             x = in_memory(self.memory, block, x, parent=block, inside=(block,), steps=steps_of(block))
         return x
@@ -85,9 +87,9 @@ def in_memory(
     steps: tuple[Step, ...],
 ) -> Tensor:
     """`call(x)` in a memory mode: `steps` are its operations by their names in `parent`, `inside` all that it runs."""
-    trains = parent.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    trains = parent.training and torch.is_grad_enabled()
     needed = (x, *(parameter for module in inside for parameter in module.parameters()))
-    if mode == "plain" or not trains or not any(tensor.requires_grad for tensor in needed):
+    if not trains or not any(tensor.requires_grad for tensor in needed):
         return call(x)
     if mode == "checkpoint" or not steps or any(is_hooked(child) for module in inside for child in module.modules()):
 

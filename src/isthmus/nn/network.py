@@ -109,9 +109,10 @@ class ResNet(nn.Module):
                 x = module(x)
             return x
 
-        return in_memory(
-            self.memory, call, x, parent=self, inside=inside, steps=stem_steps(self.plan.stem, self.spec.activation)
-        )
+        if self.memory == "plain" or torch.compiler.is_compiling():
+            return call(x)
+        steps = stem_steps(self.plan.stem, self.spec.activation)
+        return in_memory(self.memory, call, x, parent=self, inside=inside, steps=steps)
 
     def pooled(self, x: Tensor, *, after: str = "", known: Mapping[str, Tensor] | None = None) -> Tensor:
         """What the classifier sees: (N, plan.num_features).
