@@ -71,6 +71,7 @@ QUICK = {"epochs": 2, "batch_size": 6, "lr": 1e-3, "precision": "fp32"}
 RECIPES = {
     "probe": ("probe", "plain", {}),
     "linear-probe": ("linear-probe", "plain", {}),
+    "quick-probe": ("quick-probe", "plain", {"head": "layer1"}),  # the small network has two stages
     "probe, folded": ("probe", "folded", {"views": ("identity", "vflip"), "precision": "bf16"}),
     "finetune": ("finetune", "plain", QUICK),
     "finetune, folded": ("finetune", "folded", QUICK | {"ema": 0.9, "train_norm": True}),

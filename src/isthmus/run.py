@@ -29,11 +29,11 @@ from isthmus.nn.fold import insert_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision, keep_freed_memory, machine, versions
-from isthmus.train.distributed import World, joined, restarted
+from isthmus.train.distributed import World, joined
 from isthmus.train.features import extract, with_head
 from isthmus.train.log import Log
 from isthmus.train.loop import LOG, Interrupted, train_network
-from isthmus.train.probe import LINEAR, Choice, Features, Probe, candidates, choose, fit_head
+from isthmus.train.probe import Choice, Features, Probe, choose, fit_head, probes_of
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.weights.load import create, load, load_weights
@@ -95,7 +95,7 @@ def fit_in(
     if data is not None:  # so that a later `evaluate` does not take other pictures for these
         recipe = replace(recipe, data=data.name)
     folder = Path(out) if out else free_folder(world)
-    resume = resume or (restarted() and holds_run(folder))
+    resume = resume or (world.restarted and holds_run(folder))
     check_folder(folder, recipe, resume=resume)
     data = data or open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     net = starting_network(recipe, data.classes)
@@ -189,6 +189,7 @@ def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
     net.preprocess = adapted(net.preprocess, recipe)
     net.classes = classes
     freeze(net, recipe.freeze)  # here already, so that an unknown name is found before anything is written
+    probes_of(recipe.head, net.stages)
     return net
 
 
@@ -201,9 +202,10 @@ def with_drop_path(net: ResNet, rate: float) -> ResNet:
 
 
 def adapted(record: Preprocess, recipe: Recipe) -> Preprocess:
-    """The record at the recipe's size, crop and views."""
-    crop = recipe.image_size or record.crop
-    return replace(record, crop=crop, resize=round(crop / recipe.crop_part), views=recipe.views)
+    """The record at the recipe's size, crop, interpolation and views."""
+    crop, interpolation = recipe.image_size or record.crop, recipe.interpolation or record.interpolation
+    resize = round(crop / recipe.crop_part)
+    return replace(record, crop=crop, resize=resize, interpolation=interpolation, views=recipe.views)
 
 
 def ready_to_train(
@@ -214,7 +216,7 @@ def ready_to_train(
     A pretrained trunk gets the head that suits it frozen, so that the first steps do not spoil it (Kumar et al. 2022),
     and batch norm that was folded away comes back, with statistics of the new pictures.
     """
-    if recipe.weights and recipe.head == "chosen":
+    if recipe.weights and recipe.head != "linear":
         net, scores, _ = fit_probe(net, data, recipe, here, precision, reporter, world)
         reporter.say(f"frozen trunk: validation {scores.accuracy:.1%}; from here on the other layers train too")
     if net.spec.norm != "none":
@@ -230,7 +232,7 @@ def fit_probe(
     net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter, world: World
 ) -> tuple[ResNet, Tally, list[Choice]]:
     """The network with a head chosen and trained on features computed once, its validation scores, and the choices."""
-    probes = (LINEAR,) if recipe.head == "linear" else candidates(net.stages)
+    probes = probes_of(recipe.head, net.stages)
     taps = tuple(dict.fromkeys(tap for probe in probes for tap in probe.taps))
     everything = HeadSpec(taps=taps, pools=("avg", "max"))
     both = data.train + data.val

@@ -32,7 +32,7 @@ def train(
     memory: Literal["plain", "checkpoint", "recompute"] | None = None,
     lr: float | None = None,
     image_size: int | None = None,
-    head: Literal["chosen", "linear"] | None = None,
+    head: str | None = None,
     val_fraction: float | None = None,
     seed: int | None = None,
     settings: Settings = (),
@@ -72,7 +72,7 @@ def train(
     image_size
         Pixels a side; as the weights ask unless given.
     head
-        For a frozen trunk: chosen by cross-validation, or linear.
+        For a frozen trunk: chosen by cross-validation, linear, or the one stage that is read, such as layer3.
     val_fraction
         Part of the pictures to validate on, where the data is not divided already.
     seed

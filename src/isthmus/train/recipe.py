@@ -45,6 +45,7 @@ class Recipe:
     seed: int = 0
     image_size: int = 0  # the crop that is evaluated; 0: as the weights ask
     crop_part: float = 1.0  # of the resized side, that the crop keeps
+    interpolation: Literal["", "bilinear", "bicubic"] = ""  # empty: as the weights ask
     views: tuple[View, ...] = ("identity", "hflip")  # a prediction averages over them
     head: str = "chosen"  # by cross-validation; linear; or a stage such as layer3, which a small MLP then reads
     augment: Augment = Augment()
