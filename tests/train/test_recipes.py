@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from timm.data.auto_augment import rand_augment_transform
+from timm.models import get_pretrained_cfg
 
 import isthmus
 from isthmus.data.augment import Augment
@@ -102,6 +103,7 @@ def test_rsb_is_table_2(name):
     assert made.augment.erasing == golden["erasing prob."]
     assert made.augment.crop_scale == (0.08, 1.0)
     assert made.clip_norm == 1.0  # the default of timm's Lamb
+    assert made.interpolation == get_pretrained_cfg(f"resnet50.{name.removeprefix('rsb-')}_in1k").interpolation
     timm = rand_augment_transform(golden["policy"], {})
     assert made.augment.policy == "rand"
     assert (made.augment.policy_layers, len(RAND)) == (timm.num_layers, len(timm.ops))
