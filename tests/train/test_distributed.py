@@ -10,7 +10,7 @@ import torch
 import rank_checks
 import rank_faults
 from isthmus.errors import RunError
-from isthmus.train.distributed import World, joined, parallel, restarted
+from isthmus.train.distributed import World, joined, parallel
 from oracles import relative_error
 from processes import Processes
 from small_runs import network
@@ -116,13 +116,12 @@ def test_alone_everything_is_itself(monkeypatch):
     assert not torch.distributed.is_initialized()
 
 
-def test_restarts_are_known(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
-    assert not restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert not restarted()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    assert restarted()
+@pytest.mark.parametrize(("count", "restarted"), [("0", False), ("2", True)])
+def test_restarts_are_known(monkeypatch, count, restarted):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", count)
+    with joined() as world:
+        assert world.restarted is restarted
 
 
 @pytest.mark.parametrize("text", ["soon", "0", "-1", "inf", "nan", ""])

@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any, cast
@@ -24,7 +24,7 @@ from isthmus.messages import first_line, listed
 from isthmus.runtime import cores
 from isthmus.train.heartbeat import ADVICE, Heartbeat
 
-__all__ = ["World", "accumulated", "joined", "parallel", "restarted", "share_buffers"]
+__all__ = ["World", "accumulated", "joined", "parallel", "share_buffers"]
 
 TIMEOUT = "ISTHMUS_TIMEOUT"  # the environment variable
 MINUTES = 10
@@ -36,12 +36,14 @@ class World:
     """The processes of a run as one of them sees it; alone, every method gives back what it is given.
 
     All ranks must call the methods in the same order. `device` is what `machine` takes: this process's own.
+    `restarted` says that torchrun has started the processes anew, because one failed or machines came and went.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: str | None = None
+    restarted: bool = False
     heartbeat: Heartbeat | None = field(default=None, repr=False, compare=False)
     control: distributed.ProcessGroup | None = field(default=None, repr=False, compare=False)  # for CPU tensors
 
@@ -96,11 +98,6 @@ class World:
             self.heartbeat.reach(what)
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this process anew after another one failed; the run goes on where it was saved."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
 @contextmanager
 def joined(device: str | None = None) -> Iterator[World]:
     """The processes that torchrun started, joined for the length of the context; a single one without torchrun.
@@ -111,8 +108,9 @@ def joined(device: str | None = None) -> Iterator[World]:
     is given by one of them; the others leave with exit status 2.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     if size == 1:
-        yield World(device=device)
+        yield World(device=device, restarted=again)
         return
     limit = timedelta(seconds=timeout())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -130,6 +128,7 @@ def joined(device: str | None = None) -> Iterator[World]:
         raise RunError(
             f"WORLD_SIZE is {size}, but the processes cannot meet: {first_line(error)}; start them with torchrun"
         ) from error
+    again |= rank == 0 and store.check(["offer"])  # of an earlier start; not every torchrun counts every restart
     store = PrefixStore(meeting(store, rank, size, limit.total_seconds()), store)
     heartbeat = Heartbeat(PrefixStore("isthmus", store), rank, size)
     heartbeat.start()
@@ -142,7 +141,7 @@ def joined(device: str | None = None) -> Iterator[World]:
             world_size=size,
             timeout=2 * limit if cuda else limit,  # NCCL aborts the process, so gloo must come first and tell why
         )
-        yield World(
+        world = World(
             rank=rank,
             size=size,
             local_rank=local_rank,
@@ -150,6 +149,7 @@ def joined(device: str | None = None) -> Iterator[World]:
             heartbeat=heartbeat,
             control=cast("distributed.ProcessGroup", distributed.new_group(backend="gloo", timeout=limit)),
         )
+        yield replace(world, restarted=world.any(again, "the start"))
     except (IsthmusError, RuntimeError) as error:
         reason = first_line(error)
         failure = error if isinstance(error, IsthmusError) else explained(error, heartbeat)
