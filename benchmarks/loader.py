@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from isthmus.arch.preprocess import IMAGENET
-from isthmus.data.augment import Augment, random_box
+from isthmus.data.augment import Augment, augmented, random_box
 from isthmus.data.cache import Resized
 from isthmus.data.decode import decode
 from isthmus.data.loader import Loader
@@ -50,6 +50,29 @@ def stock(folder: Path, workers: int, content: str) -> Epoch:
     crop = [transforms.RandomResizedCrop(IMAGENET.crop), transforms.RandomHorizontalFlip()]
     data = ImageFolder(str(folder), transforms.Compose(crop + CONTENT[content]))
     loader = DataLoader(data, BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=workers > 0)
+    return lambda _: sum(len(images) for images, _ in loader)
+
+
+class Decoded(Dataset[tuple[torch.Tensor, int]]):
+    """Our decoding and crops, for the processes of torch's DataLoader."""
+
+    def __init__(self, pictures: Pictures) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        random = sample_generator(0, 0, index)
+        pixels = augmented(decode(self.pictures.read(index)), AUGMENT, IMAGENET, random)
+        return pixels, int(self.pictures.labels[index])
+
+
+def processes(pictures: Pictures, workers: int) -> Epoch:
+    """What our threads do, done by the processes of DataLoader."""
+    loader = DataLoader(
+        Decoded(pictures), BATCH, shuffle=True, num_workers=workers, drop_last=True, persistent_workers=True
+    )
     return lambda _: sum(len(images) for images, _ in loader)
 
 
@@ -112,6 +135,7 @@ def main() -> None:
             "uint8": ours(make(), floats=False),
             "normalised": ours(make(), floats=True),
             "torchvision uint8": stock(folder, best["uint8"], "uint8"),
+            "uint8, by processes": processes(pictures, cores()),
             "cached uint8": ours(make(resized=cache), floats=False),
             "cached normalised": ours(make(resized=cache), floats=True),
         }
@@ -137,6 +161,9 @@ def main() -> None:
             },
             "uint8 batches / uint8 ones of ImageFolder + DataLoader": spread(
                 ratios(rates["uint8"], rates["torchvision uint8"])
+            ),
+            "uint8 batches by our threads / by DataLoader's processes from our functions": spread(
+                ratios(rates["uint8"], rates["uint8, by processes"])
             ),
             "normalised, from the resized cache / ImageFolder + DataLoader": {
                 **spread(ratios(rates["cached normalised"], against)),

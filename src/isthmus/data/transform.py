@@ -54,14 +54,25 @@ def resample(pixels: Pixels, box: Box, size: tuple[int, int], interpolation: Int
     than one in ten thousand is further off.
     """
     left, top, right, bottom = box
-    part = torch.from_numpy(pixels[top:bottom, left:right]).permute(2, 0, 1)[None]
-    return F.interpolate(part, size=size, mode=interpolation, antialias=True)[0].permute(1, 2, 0).numpy()
+    images = _batch_of_one(pixels[top:bottom, left:right])
+    return _only(F.interpolate(images, size=size, mode=interpolation, antialias=True))
 
 
 def mirrored(pixels: Pixels) -> Pixels:
     """Left and right exchanged; by torch, in a tenth of numpy's time."""
-    images = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
-    return images.flip(-1)[0].permute(1, 2, 0).numpy()
+    return _only(_batch_of_one(pixels).flip(-1))
+
+
+def _batch_of_one(pixels: Pixels) -> Tensor:
+    """(1, C, H, W) in channels_last; a view would do, had its strides not two readings (pytorch/pytorch#68430)."""
+    height, width, channels = pixels.shape
+    images = torch.empty((1, channels, height, width), dtype=torch.uint8, memory_format=torch.channels_last)
+    images[0] = torch.from_numpy(pixels).permute(2, 0, 1)
+    return images
+
+
+def _only(images: Tensor) -> Pixels:
+    return images.permute(0, 2, 3, 1)[0].numpy()
 
 
 def channels_first(pixels: Pixels) -> Tensor:
