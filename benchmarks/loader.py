@@ -34,7 +34,7 @@ from measure import ratios, spread, write_result
 from photographs import write_photographs
 
 BATCH = 64
-WORKERS = (0, 1, 2, 3, 4)
+WORKERS = (0, 1, 2, 3)
 AUGMENT = Augment(hflip=True, crop_scale=(0.08, 1.0))
 CONTENT = {
     "normalised": [transforms.ToTensor(), transforms.Normalize(IMAGENET.mean, IMAGENET.std)],
@@ -126,7 +126,7 @@ def main() -> None:
         best = {}
         for content in CONTENT:
             tried = {workers: stock(folder, workers, content) for workers in WORKERS}
-            found = {workers: [rate(epoch, number) for number in range(3)][1:] for workers, epoch in tried.items()}
+            found = {workers: [rate(epoch, number) for number in range(2)][1:] for workers, epoch in tried.items()}
             best[content] = max(found, key=lambda workers: statistics.median(found[workers]))
         os.environ["ISTHMUS_CACHE"] = str(Path(temporary) / "cache")
         cache = Resized(pictures, IMAGENET.resize, IMAGENET)
