@@ -5,9 +5,9 @@ python benchmarks/training_memory.py [--batch 8] [--rounds 5] [--device cpu]
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,10 +81,16 @@ def peak(mode: Memory, precision: str, batch: int, device: str) -> int:
         for _ in range(3):
             step()
         return torch.cuda.max_memory_allocated() - before
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmRSS")
     for _ in range(3):
         step()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return resident("VmHWM") - before
+
+
+def resident(which: str) -> int:
+    """Resident bytes of this process now (VmRSS) or at most (VmHWM); getrusage's maximum is inherited from a parent."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(which))
 
 
 def gradient_error(mode: Memory) -> tuple[float, bool]:
