@@ -15,7 +15,7 @@ def test_table(isthmus):
         line.split()[0]: line for line in result.out.splitlines() if line.split()[:1] and line.split()[0] in RECIPES
     }
     assert list(rows) == list(RECIPES)
-    assert rows["rsb-a1"].split()[:6] == ["rsb-a1", "600", "2048", "lamb", "resnet50", "80.4"]
+    assert rows["rsb-a1"].split()[:5] == ["rsb-a1", "600", "2048", "resnet50", "80.4"]
     assert "Goyal et al. 2017" in rows["he-90"]
     assert rows["probe"].split()[1] == "–"
 

@@ -20,12 +20,12 @@ def recipes(*, as_json: Json = False) -> None:
     lines = []
     for name, row in RECIPES.items():
         made = recipe(name, data="any", weights="any")
-        trained = (made.epochs, made.batch_size, made.optimizer) if made.freeze != "trunk" else ("–",) * 3
-        best = (row.reported[-1].network, f"{row.reported[-1].accuracy:g} %") if row.reported else ("–",) * 2
-        lines.append((name, *trained, *best, escape(row.source)))
+        trained = (made.epochs, made.batch_size) if made.freeze != "trunk" else ("–",) * 2
+        best = f"{row.reported[-1].network} {row.reported[-1].accuracy:g} %" if row.reported else "–"
+        lines.append((name, *trained, best, escape(row.source)))
     print_table(
         f"{len(RECIPES)} recipes",
-        ("name", "epochs", "batch", "optimiser", "network", "top-1", "source"),
+        ("recipe", "epochs", "batch", "reported top-1", "source"),
         lines,
         note="Train by one: isthmus train --recipe NAME. Every setting, and every network reported: --json.",
     )

@@ -33,10 +33,14 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
         title=title or None, title_justify="left", title_style="bold", caption=note or None, box=box.SIMPLE_HEAD
     )
     table.caption_justify, table.caption_style = "left", "dim"
+    lines = [list(map(str, row)) for row in rows]
+    longest = max((len(line[0]) for line in lines), default=0)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
+        # Names stay whole, unless they would take the terminal.
+        least = min(longest, console.width // 3) if index == 0 else None
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold", min_width=least)
+    for line in lines:
+        table.add_row(*line)
     console.print(table)
 
 

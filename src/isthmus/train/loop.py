@@ -224,14 +224,14 @@ def validation_loader(data: DataSet, recipe: Recipe, net: ResNet, world: World) 
 def stop_signals() -> Iterator[list[int]]:
     """A list that Ctrl-C and SIGTERM write themselves into, so that the loop can stop between two steps.
 
-    The second one ends the process at once, as if nobody listened.
+    A second Ctrl-C ends the process at once. A second SIGTERM does not: schedulers and torchrun both send one.
     """
     received: list[int] = []
     handlers: dict[int, Any] = {}
 
     def receive(number: int, _frame: Any) -> None:
         received.append(number)
-        signal.signal(number, handlers[number])
+        signal.signal(signal.SIGINT, handlers[signal.SIGINT])
 
     try:
         for wanted in (signal.SIGINT, signal.SIGTERM):
