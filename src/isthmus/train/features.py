@@ -46,5 +46,5 @@ def extract(net: ResNet, pictures: Pictures, machine: Machine, precision: Precis
     for rows, found in outputs.all():
         values[torch.from_numpy(rows)] = torch.from_numpy(found).view(torch.float32)
         done += len(rows)
-        reporter.progress(f"features in {views} views", done // views, len(pictures))
+        reporter.progress(f"features in {views} view{'s' * (views > 1)}", done // views, len(pictures))
     return values.view(len(pictures), views, -1)[torch.from_numpy(outputs.place)].transpose(0, 1)
