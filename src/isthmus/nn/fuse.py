@@ -45,8 +45,9 @@ def fast_form(net: ResNet, names: Sequence[str], device: torch.device, dtype: to
 
 
 def fuses(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN computes in this precision here."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    """Whether oneDNN computes in this precision here, by the operations that torch's compiler emits."""
+    there = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")  # type: ignore[no-untyped-call]
+    if device.type != "cpu" or not there:
         return False
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())  # noqa: SLF001
 
