@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from isthmus.errors import RunError
@@ -9,6 +10,7 @@ from isthmus.errors import RunError
 __all__ = ["budget", "cache_folder", "make_room"]
 
 SHARE = 4  # the usual budget is the disk's free bytes over this
+KEPT = f"*/{'[0-9a-f]' * 32}.*"  # KIND/HASH.END; locks and what is being written are hidden, others' files named freely
 
 
 def cache_folder(kind: str = "") -> Path:
@@ -26,7 +28,7 @@ def budget() -> int:
     try:
         if said:
             return int(float(said) * 1e9)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         raise RunError(f"ISTHMUS_CACHE_GB is {said!r}; it must be a number of gigabytes") from error
     disk = next(folder for folder in (cache_folder(), *cache_folder().absolute().parents) if folder.exists())
     return (shutil.disk_usage(disk).free + sum(size for _, size, _ in _kept())) // SHARE
@@ -51,13 +53,10 @@ def make_room(size: int) -> bool:
 
 
 def _kept() -> list[tuple[int, int, Path]]:
-    """Time of last use, bytes and path of every file; locks and what is being written (hidden files) are left out."""
+    """Time of last use, bytes and path of every file that is ours: the user may have named a folder with others."""
     found = []
-    for path in cache_folder().rglob("[!.]*"):
-        try:
+    for path in cache_folder().glob(KEPT):
+        with suppress(FileNotFoundError):  # another process made room
             status = path.stat()
-        except FileNotFoundError:  # another process made room
-            continue
-        if path.is_file():
             found.append((status.st_mtime_ns, status.st_size, path))
     return found

@@ -260,13 +260,14 @@ def test_a_file_that_is_evicted_goes_on_for_those_who_have_it(tmp_path, cache):
 
 def test_what_was_used_longest_ago_goes_first(tmp_path, cache, monkeypatch):
     folder = tmp_path / "cache" / "features"
-    for number, name in enumerate(("old", "used", "new")):
-        Rows(folder / f"{name}.rows", 10, 1000, "rows", Reporter())
-        os.utime(folder / f"{name}.rows", (number, number))
+    old, used, new, fourth = (folder / f"{number:032x}.rows" for number in range(4))
+    for number, path in enumerate((old, used, new)):
+        Rows(path, 10, 1000, "rows", Reporter())
+        os.utime(path, (number, number))
     monkeypatch.setenv("ISTHMUS_CACHE_GB", str(45_000 / 1e9))
-    Rows(folder / "used.rows", 10, 1000, "rows", Reporter())
-    Rows(folder / "fourth.rows", 10, 1000, "rows", Reporter())
-    assert {path.stem for path in folder.iterdir()} == {"used", "new", "fourth"}
+    Rows(used, 10, 1000, "rows", Reporter())
+    Rows(fourth, 10, 1000, "rows", Reporter())
+    assert set(folder.iterdir()) == {used, new, fourth}
 
 
 FULL = """
