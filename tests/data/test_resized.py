@@ -135,7 +135,7 @@ def test_the_budget_ends_it_and_changes_nothing(pictures, cache, monkeypatch):
     wanted = everything(Resized(pictures, 10, RECORD))
     files(cache)[0].unlink()
     monkeypatch.setenv("ISTHMUS_CACHE_GB", "6e-6")
-    old = cache.parent / "features" / "old"
+    old = cache.parent / "features" / f"{'0' * 32}.rows"
     old.parent.mkdir()
     old.write_bytes(bytes(3000))
     os.utime(old, (1, 1))
@@ -180,6 +180,36 @@ def test_an_unreadable_picture_is_named(pictures):
     Path(pictures.name(4)).write_bytes(b"no picture")
     with pytest.raises(DataError, match="is not a picture"):
         Resized(pictures, 10, RECORD).pixels(4)
+
+
+def test_a_missing_picture_is_left_to_who_reads_it(pictures):
+    """With on_error="skip" a run goes on without it, resized pictures or not."""
+    Path(pictures.name(4)).unlink()
+    resized = Resized(pictures, 10, RECORD)
+    loader = Loader(
+        pictures=pictures, record=RECORD, batch_size=13, train=False, resized=resized, on_error="skip", threads=1
+    )
+    (batch,) = loader.epoch(0)
+    assert batch.indices.tolist() == [0, 1, 2, 3, *range(5, 13)]
+    assert list(loader.unreadable) == [4]
+
+
+def test_room_made_by_another_process_meanwhile_hurts_nobody(pictures, cache, monkeypatch):
+    wanted = everything(Resized(pictures, 10, RECORD))
+    resized = Resized(pictures, 10, RECORD, rank=1)
+    listing = Path.glob
+
+    def evicting(self, pattern):
+        found = list(listing(self, pattern))
+        for path in listing(cache, "[!.]*"):
+            path.unlink()
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "glob", evicting)
+        again = Resized(pictures, 10, RECORD)
+    assert again.kept == 0
+    assert everything(again) == everything(resized) == wanted
 
 
 KEEP = """

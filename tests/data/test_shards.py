@@ -229,8 +229,7 @@ def test_a_shard_that_its_index_does_not_know_as_it_is(indexed: Path):
                 pictures.read(index)
         else:
             assert pictures.read(index) == content(index)
-    with pytest.raises(DataError, match=r"x-000002\.tar cannot be read"):
-        pictures.identity(15)
+    assert pictures.identity(15) != pictures.identity(16)  # the key of a cache does not need them to be there
 
 
 def test_a_shard_that_its_index_lacks(indexed: Path):

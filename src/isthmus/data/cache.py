@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,10 +70,11 @@ class Resized:
     def refresh(self) -> None:
         """Look at what was kept since the last time, here and by other ranks."""
         for path in sorted(self.out.parent.glob(f"{self.key}.*")):
-            start, size = self._read_until.get(path, 0), path.stat().st_size
-            if size > start:
-                os.utime(path)  # the cache drops first what was used longest ago
-                self._read_until[path] = self._take_up(path, start, size)
+            with suppress(FileNotFoundError):  # another process made room
+                start, size = self._read_until.get(path, 0), path.stat().st_size
+                if size > start:
+                    os.utime(path)  # the cache drops first what was used longest ago
+                    self._read_until[path] = self._take_up(path, start, size)
 
     def _take_up(self, path: Path, start: int, size: int) -> int:
         """Note the whole records of a file from `start` on; gives where they end."""

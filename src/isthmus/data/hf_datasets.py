@@ -1,13 +1,12 @@
 """Pictures in data sets of Hugging Face's library: by name from its hub, saved to a folder, or as Parquet files."""
 
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isthmus.data.pictures import Identity, Pictures, Store, read_file
+from isthmus.data.pictures import Identity, Pictures, Store, read_file, stamp
 from isthmus.data.shard_index import numbered
 from isthmus.errors import DataError, MissingExtraError
 from isthmus.messages import first_line
@@ -97,6 +96,5 @@ def rows_of(dataset: "Dataset", shown: str) -> Pictures:
         raise DataError(f"{shown}: the column {column} holds no pictures: {first_line(error)}") from error
     files: list[str | int] = [shown]
     for name in (str(file["filename"]) for file in dataset.cache_files):
-        status = os.stat(name)  # noqa: PTH116
-        files += [name, status.st_size, status.st_mtime_ns]
+        files += [name, *stamp(name)]
     return Pictures.stored(_Rows(shown=shown, files=tuple(files), rows=rows, column=column), np.asarray(labels), names)

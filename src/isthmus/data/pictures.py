@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from isthmus.data.order import clustered_permutation, permutation
 from isthmus.errors import DataError
 
-__all__ = ["WINDOW", "Files", "Identity", "Names", "Pictures", "Store", "natural", "read_file"]
+__all__ = ["WINDOW", "Files", "Identity", "Names", "Pictures", "Store", "natural", "read_file", "stamp"]
 
 WINDOW = 16_384  # pictures of remote shards that are mixed at a time; readers of streams mix a few thousand
 Identity = tuple[str | int, ...]
@@ -40,7 +40,7 @@ class Store(ABC):
 
     @abstractmethod
     def identity(self, place: int) -> Identity:
-        """Its name, and what changes with its content; raises DataError when it is gone."""
+        """Its name, and what changes with its content, also when it is gone."""
 
     def clusters(self, places: NDArray[np.int64]) -> NDArray[np.int64] | None:  # noqa: ARG002 - for those that are
         """The number of the cluster that each place is in, where pictures of one should be read together; else None."""
@@ -95,6 +95,15 @@ def read_file(path: Path | str) -> bytes:
         raise DataError(f"{path} cannot be read: {reason}; check the path and its permissions") from error
 
 
+def stamp(path: str) -> tuple[int, int]:
+    """Bytes and time of the last change of a file, which change with its content; zeros when it cannot be seen."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 - a million times
+    except OSError:
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
+
+
 @dataclass(frozen=True, slots=True)
 class Files(Store):
     """Picture files, named from `root`, which may be empty."""
@@ -113,11 +122,7 @@ class Files(Store):
 
     def identity(self, place: int) -> Identity:
         name = self.name(place)
-        try:
-            status = os.stat(name)  # noqa: PTH116
-        except OSError as error:
-            raise DataError(f"{name} cannot be read: {error.strerror}; is the data complete?") from error
-        return name, status.st_size, status.st_mtime_ns
+        return name, *stamp(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,5 +259,5 @@ class Pictures:
         return self.store.name(int(self.places[index]))
 
     def identity(self, index: int) -> Identity:
-        """Its name and what changes with its content, for the key of a cache; raises DataError when it is gone."""
+        """Its name and what changes with its content, for the key of a cache."""
         return self.store.identity(int(self.places[index]))

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from isthmus.cache import budget, cache_folder, make_room
-from isthmus.data.pictures import Identity, Names, Pictures, Store
+from isthmus.data.pictures import Identity, Names, Pictures, Store, stamp
 from isthmus.data.shard_index import CLASS_FILES, INDEX, Index, load_index, save_index, scan, scanned
 from isthmus.errors import DataError, IsthmusError
 from isthmus.messages import first_line, listed
@@ -69,12 +69,7 @@ class Shards(Store):
 
     def identity(self, place: int) -> Identity:
         shard = self._shard(place)
-        changed = 0
-        if not self.is_remote:
-            try:
-                changed = os.stat(self._address(shard)).st_mtime_ns  # noqa: PTH116 - a million times
-            except OSError as error:
-                raise _unreadable(self._address(shard), error) from error
+        _, changed = (0, 0) if self.is_remote else stamp(self._address(shard))
         return self.name(place), self.sizes[shard], changed, int(self.offsets[place]), int(self.lengths[place])
 
     def read(self, place: int) -> bytes:
@@ -89,7 +84,9 @@ class Shards(Store):
                 file.seek(int(self.offsets[place]))
                 return file.read(int(self.lengths[place]))
         except OSError as error:
-            raise _unreadable(self._address(shard), error) from error
+            raise DataError(
+                f"{self._address(shard)} cannot be read: {error.strerror or error}; is the data complete?"
+            ) from error
 
     def clusters(self, places: NDArray[np.int64]) -> NDArray[np.int64] | None:
         return self.shards_of(places) if self.is_remote else None
@@ -117,10 +114,6 @@ class Shards(Store):
         while True:
             with suppress(FileNotFoundError):  # room was made in between
                 return _brought(address, self.sizes[shard]).open("rb", buffering=0)
-
-
-def _unreadable(address: str, error: OSError) -> DataError:
-    return DataError(f"{address} cannot be read: {error.strerror or error}; is the data complete?")
 
 
 def open_shards(ref: str) -> Pictures:
