@@ -14,6 +14,7 @@ import webdataset
 from PIL import Image
 
 from isthmus.data import shard_writer
+from isthmus.data.order import permutation
 from isthmus.data.pictures import Pictures
 from isthmus.data.shard_index import load_index
 from isthmus.data.shard_writer import write_shards
@@ -101,8 +102,20 @@ def test_unreadable_pictures_are_left_out_and_named(pictures, tmp_path):
     assert shown(open_pictures(str(tmp_path / "out"))) == shown(rest)
     for index in range(23):
         Path(pictures.name(index)).write_bytes(b"")
-    with pytest.raises(DataError, match=r"none of 5 pictures can be read; the first: .* is empty"):
+    with pytest.raises(DataError, match=r"none of 23 pictures can be read; the first: .* is empty"):
         write_shards({"all": pictures}, tmp_path / "none", per_shard=5)
+
+
+def test_a_shard_of_unreadable_pictures_alone_is_not_written(pictures, tmp_path):
+    bad = permutation(23, 0, 0)[[*range(5, 10), 22]].tolist()  # the second shard of five, one of the last
+    for index in bad:
+        Path(pictures.name(index)).unlink()
+    (written,) = write_shards({"all": pictures}, tmp_path / "out", per_shard=5)
+    assert (written.shards, written.pictures) == (4, 17)
+    assert set(written.left_out) == {pictures.name(index) for index in bad}
+    rest = pictures.subset([index for index in range(23) if index not in bad])
+    assert shown(open_pictures(str(tmp_path / "out"))) == shown(rest)
+    assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_sides_stay_apart(pictures, tmp_path):

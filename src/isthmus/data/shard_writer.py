@@ -38,6 +38,10 @@ class Written:
     left_out: tuple[str, ...]
 
 
+class _NoneReadableError(Exception):
+    """No picture of a shard can be read; why not the first."""
+
+
 def write_shards(
     sides: Mapping[str, Pictures],
     out: Path,
@@ -66,14 +70,21 @@ def write_shards(
     for side, pictures in sides.items():
         order = permutation(len(pictures), 0, 0)  # so that readers of streams find the classes mixed
         found: list[list[Sample]] = []
+        reason = ""
         for start in range(0, len(order), per_shard):
             path = out / f"{side}-{start // per_shard:06d}.tar"
             progress(f"writing {side}", start, len(order))
             if not path.exists():
                 chosen = order[start : start + per_shard].tolist()
-                atomic_write(path, partial(_fill, pictures=pictures, chosen=chosen, resize=resize))
+                try:
+                    atomic_write(path, partial(_fill, pictures=pictures, chosen=chosen, resize=resize))
+                except _NoneReadableError as error:
+                    reason = reason or str(error)
+                    continue
             names.append(path.name)
             found.append(scan(path, str(path)))
+        if not found:
+            raise DataError(f"none of {len(order)} pictures can be read; the first: {reason}")
         progress(f"writing {side}", len(order), len(order))
         shards += found
         kept = {int(sample.member.partition(".")[0]) for shard in found for sample in shard}
@@ -116,7 +127,7 @@ def _begin(out: Path, job: str) -> None:
 
 
 def _fill(path: Path, pictures: Pictures, chosen: list[int], resize: int) -> None:
-    """Write one shard; raises DataError where none of its pictures can be read."""
+    """Write one shard; raises _NoneReadableError where that holds of its pictures."""
     reason = ""
     count = 0
     with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as archive:
@@ -130,7 +141,7 @@ def _fill(path: Path, pictures: Pictures, chosen: list[int], resize: int) -> Non
                 member.size = len(inside)
                 archive.addfile(member, BytesIO(inside))
     if not count:
-        raise DataError(f"none of {len(chosen)} pictures can be read; the first: {reason}")
+        raise _NoneReadableError(reason)
 
 
 def _encoded(pictures: Pictures, chosen: list[int], resize: int) -> Iterator[tuple[str, bytes]]:
