@@ -16,8 +16,9 @@ from isthmus.data.transform import normalise
 from isthmus.errors import RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.train.checkpoint import Checkpoints, load_state, save_state
+from isthmus.train.distributed import World
 from isthmus.train.log import read_log
-from isthmus.train.loop import LOG, Interrupted, train_network
+from isthmus.train.loop import LOG, Interrupted, train_network, validation_loader
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from oracles import relative_error
@@ -339,6 +340,11 @@ def test_code_in_a_checkpoint_does_not_run(train, tmp_path):
     with pytest.raises(RunError, match=r"checkpoints/step-"):
         train(recipe=replace(RECIPE, epochs=1), resume=True)
     assert not (tmp_path / "ran").exists()
+
+
+def test_validation_too_holds_no_more_than_a_micro_batch(data):
+    loader = validation_loader(data, replace(RECIPE, batch_size=100, micro_batch=2), fresh(), World())
+    assert max(len(batch.labels) for batch in loader.epoch(0)) == 2
 
 
 @pytest.mark.parametrize("batch_size", [7, 100])

@@ -213,6 +213,7 @@ def validation_loader(data: DataSet, recipe: Recipe, net: ResNet, world: World) 
         pictures=data.val,
         record=net.preprocess,
         batch_size=recipe.batch_size,
+        micro_batch=recipe.micro_batch,
         train=False,
         on_error="skip" if recipe.unreadable == "skip" else "raise",
         rank=world.rank,
