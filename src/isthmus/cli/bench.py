@@ -64,7 +64,7 @@ def data(
         "normalised batches": loader_rate(plain, seconds, floats=True),
         "normalised, from resized pictures": loader_rate(resized, seconds, floats=True),
     }
-    step = step_rate(net, here, batch_size=min(batch_size, len(pictures)), size=image_size, seconds=seconds)
+    step = step_rate(net, here, batch_size=plain.step_size, size=image_size, seconds=seconds)
     rows = [
         {
             "loader": name,
@@ -79,7 +79,7 @@ def data(
         print(json.dumps({"unit": "pictures/s", "arch": arch, "device": here.device, "rows": rows}, indent=2))  # noqa: T201
         return
     print_table(
-        f"pictures/s, {arch} at {image_size} px, {batch_size} a step, on {here.name}",
+        f"pictures/s, {arch} at {image_size} px, {plain.step_size} a step, on {here.name}",
         ("loader", "loader alone", "step alone", "together", "binds"),
         (
             (row["loader"], *(f"{row[name]:.0f}" for name in ("loader_alone", "step_alone", "together")), row["binds"])
