@@ -1,7 +1,6 @@
 """Commands that train networks and use them."""
 
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -124,8 +123,6 @@ def train(
             reporter.say(str(stopped))
             sys.exit(130)
     if reporter.bar.console.quiet:  # of many processes one speaks
-        return
-    if os.environ.get("RANK", "0") != "0":  # under torchrun the first process speaks
         return
     if as_json:
         print(json.dumps(run.scores.to_dict() | {"run": str(run.folder), "seconds": run.seconds}, indent=2))  # noqa: T201
