@@ -82,3 +82,11 @@ def test_class_weights_average_to_one_over_the_pictures():
     weights = class_weights(counts)
     assert sum(weight * count for weight, count in zip(weights, counts, strict=True)) == pytest.approx(sum(counts))
     assert weights * torch.tensor(counts) == pytest.approx([100 / 3] * 3)
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_a_class_without_pictures_is_no_infinite_weight(kind):
+    weights = class_weights([3, 0, 9])
+    assert weights.tolist() == pytest.approx([2.0, 1.0, 2 / 3])
+    labels = torch.tensor([0, 2])
+    assert Objective(kind=kind, smoothing=0.1, weights=weights)(torch.zeros(2, 3), labels).isfinite()

@@ -45,6 +45,10 @@ class Objective:
 
 
 def class_weights(counts: Sequence[int]) -> Tensor:
-    """Weights under which every class counts alike: pictures / (classes × pictures of the class)."""
+    """Weights under which every class that occurs counts alike: pictures / (such classes × pictures of the class).
+
+    A class without pictures has 1, and so counts in binary cross-entropy as the average one does.
+    """
     pictures = torch.tensor(counts, dtype=torch.float32)
-    return pictures.sum() / (len(counts) * pictures)
+    alike = pictures.sum() / ((pictures > 0).sum() * pictures)
+    return torch.where(pictures > 0, alike, 1.0)
