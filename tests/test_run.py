@@ -194,10 +194,10 @@ def test_partly_frozen_layers_stay(pictures, start, tmp_path):
     assert all(torch.equal(after[name], before[name]) for name in kept)
 
 
-def test_freezing_deeper_than_the_chosen_head_reads(pictures, start, tmp_path, monkeypatch):
+def test_freezing_deeper_than_the_head_reads(pictures, start, tmp_path):
     """A head on layer1 alone leaves layer2 out of the network; `freeze = layer2` then means all there is."""
-    monkeypatch.setattr(isthmus.run, "candidates", lambda _: (replace(isthmus.train.probe.LINEAR, taps=("layer1",)),))
-    made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), **(QUICK | {"freeze": "layer2"}))
+    settings = QUICK | {"freeze": "layer2", "head": "layer1"}
+    made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), **settings)
     run = fit(made, tmp_path / "run")
     assert isthmus.load(run.folder).stages == ("layer1",)
     assert Recipe.from_file(run.folder / "recipe.toml") == made
@@ -273,6 +273,26 @@ def test_an_unreadable_picture_stops_a_run(start, tmp_path):
         fit(recipe("linear-probe", data=str(root), weights=str(start["plain"])), tmp_path / "run")
 
 
+@pytest.mark.parametrize("name", ["probe", "finetune"])
+@pytest.mark.parametrize("weights", ["plain", "folded"])
+def test_an_unreadable_picture_is_left_out_where_asked(name, weights, start, tmp_path):
+    settings = {"weights": str(start[weights]), "precision": "fp32", "epochs": 1, "batch_size": 4}
+    root = class_folders(tmp_path / "set" / "train", {"flower": 6, "temple": 6})
+    class_folders(tmp_path / "set" / "val", {"flower": 3, "temple": 3})
+    wanted = fit(recipe(name, data=str(root.parent), **settings), tmp_path / "wanted")
+    for broken in ("train/flower/broken.jpg", "val/temple/broken.jpg"):
+        (root.parent / broken).write_bytes(b"no picture")
+    recorder = Recorder()
+    made = recipe(name, data=str(root.parent), unreadable="skip", **settings)
+    found = fit(made, tmp_path / "run", reporter=recorder)
+    told = [line for line in recorder.lines if "left out of the" in line]
+    for broken in ("train/flower/broken.jpg", "val/temple/broken.jpg"):
+        assert any(broken in line for line in told)
+    assert found.scores.seen == wanted.scores.seen
+    if name == "probe":
+        assert same_files(found.folder / "model.safetensors", wanted.folder / "model.safetensors")
+
+
 def test_a_folder_with_a_run_is_not_overwritten(linear, pictures, start):
     before = {path: path.read_bytes() for path in linear.iterdir()}
     with pytest.raises(RunError, match=r"holds a run already; choose another --out, or go on with --resume"):
@@ -301,7 +321,8 @@ class Stops(Reporter):
 
 
 @pytest.mark.parametrize(
-    ("name", "stops"), [("linear-probe", ("features", 8)), ("finetune", ("features", 8)), ("finetune", ("epoch 2", 6))]
+    ("name", "stops"),
+    [("linear-probe", ("features", 8)), ("finetune", ("features", 8)), ("finetune", ("training", 24))],
 )
 def test_a_stopped_run_goes_on_to_the_same_model(name, stops, pictures, start, tmp_path):
     settings = {"data": str(pictures), "weights": str(start["folded"]), "val_fraction": 0.3}

@@ -32,7 +32,7 @@ from isthmus.runtime import Machine, Precision, keep_freed_memory, machine, vers
 from isthmus.train.distributed import World, joined
 from isthmus.train.features import extract, with_head
 from isthmus.train.log import Log
-from isthmus.train.loop import LOG, Interrupted, train_network
+from isthmus.train.loop import LOG, Interrupted, left_out, train_network
 from isthmus.train.probe import Choice, Features, Probe, choose, fit_head, probes_of
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
@@ -181,10 +181,6 @@ def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
         if recipe.weights:
             load_weights(net, recipe.weights, head="new")
     if recipe.drop_path:
-        same = create(replace(net.spec, drop_path=recipe.drop_path))
-        same.load_state_dict(net.state_dict())
-        same.preprocess, net = net.preprocess, same
-    if recipe.drop_path:
         net = with_drop_path(net, recipe.drop_path)
     net.preprocess = adapted(net.preprocess, recipe)
     net.classes = classes
@@ -222,7 +218,12 @@ def ready_to_train(
     if net.spec.norm != "none":
         return net
     loader = Loader(
-        pictures=data.train, record=net.preprocess, batch_size=recipe.batch_size, train=True, seed=recipe.seed
+        pictures=data.train,
+        record=net.preprocess,
+        batch_size=recipe.batch_size,
+        train=True,
+        seed=recipe.seed,
+        on_error=recipe.unreadable,
     )
     steps = zip(range(MEASURED_BATCHES), loader.epoch(0), strict=False)
     return insert_batchnorm(net, (normalise(batch.images, net.preprocess) for _, batch in steps))
@@ -232,6 +233,7 @@ def fit_probe(
     net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter, world: World
 ) -> tuple[ResNet, Tally, list[Choice]]:
     """The network with a head chosen and trained on features computed once, its validation scores, and the choices."""
+    data = readable(data, net.preprocess, world, reporter) if recipe.unreadable == "skip" else data
     probes = probes_of(recipe.head, net.stages)
     taps = tuple(dict.fromkeys(tap for probe in probes for tap in probe.taps))
     everything = HeadSpec(taps=taps, pools=("avg", "max"))
@@ -256,6 +258,27 @@ def fit_probe(
         reporter.say(f"the head reads {' + '.join(probe.taps)}, so {' and '.join(unread)} is left out")
     head.fill(chosen.fc)
     return chosen, scores, choices
+
+
+def readable(data: DataSet, record: Preprocess, world: World, reporter: Reporter) -> DataSet:
+    """The pictures that can be read, all of which are decoded to find out, each process its share."""
+
+    def kept(part: str, pictures: Pictures) -> Pictures:
+        loader = Loader(
+            pictures=pictures,
+            record=record,
+            batch_size=32 * world.size,
+            train=False,
+            on_error="skip",
+            rank=world.rank,
+            ranks=world.size,
+        )
+        for _ in loader.epoch(0):
+            pass
+        gone = left_out(loader, part, world, reporter)
+        return pictures.subset([index for index in range(len(pictures)) if index not in gone]) if gone else pictures
+
+    return replace(data, train=kept("train", data.train), val=kept("validation", data.val))
 
 
 def shared_features(

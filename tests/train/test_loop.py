@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import isthmus
+from isthmus.arch.spec import HeadSpec
 from isthmus.data.augment import Augment, augmented
 from isthmus.data.decode import decode
 from isthmus.data.order import permutation, sample_generator
 from isthmus.data.transform import normalise
-from isthmus.errors import RunError
+from isthmus.errors import RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.train.checkpoint import Checkpoints, load_state, save_state
 from isthmus.train.distributed import World
@@ -22,7 +23,7 @@ from isthmus.train.loop import LOG, Interrupted, train_network, validation_loade
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from oracles import relative_error
-from small_runs import SPEC, copied, network, same
+from small_runs import SPEC, Recorder, copied, network, same
 
 RECIPE = Recipe(
     data="pictures",
@@ -352,3 +353,20 @@ def test_any_batch_size(train, batch_size):
     """7 drops the last partial batch, 100 is more than there are pictures; `Stops` checks what progress says."""
     folder, _ = train(recipe=replace(RECIPE, batch_size=batch_size, epochs=1), reporter=Stops(0))
     assert len(rows(folder)) == 1
+
+
+@pytest.mark.parametrize("micro_batch", [0, 1])
+def test_a_run_says_once_what_binds(train, micro_batch, monkeypatch):
+    monkeypatch.setattr("isthmus.train.loop.LOOK", 6)
+    monkeypatch.setattr("isthmus.train.loop.loader_rate", lambda _: 1e9)
+    recorder = Recorder()
+    train(recipe=replace(RECIPE, epochs=2, batch_size=2, micro_batch=micro_batch), reporter=recorder)
+    assert [line.endswith("the network binds") for line in recorder.lines if "binds" in line] == [True]
+
+
+@pytest.mark.parametrize("sizes", [{"batch_size": 1}, {"batch_size": 4, "micro_batch": 1}])
+def test_a_head_that_needs_two_pictures_is_named(train, sizes):
+    head = HeadSpec(taps=("layer1", "layer2"), norm=True)
+    with pytest.raises(RecipeError, match=r"the head's batch norm needs two: .* take larger ones, fewer processes, or"):
+        train(recipe=replace(RECIPE, **sizes), net=network(replace(SPEC, num_classes=2, head=head)))
+    train(recipe=replace(RECIPE, **sizes, epochs=1))

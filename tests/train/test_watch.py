@@ -47,7 +47,7 @@ def losses(net, parts=2):
 def test_a_sound_network_has_none():
     net = network().train()
     weights = {name: value.detach().clone() for name, value in net.named_parameters()}
-    assert first_not_finite(net, losses(net)) == ""
+    assert first_not_finite(net, losses(net))[0] == ""
     assert same(weights, dict(net.named_parameters()))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
 
@@ -58,7 +58,7 @@ def test_a_convolution_that_overflows_is_named(name):
     with torch.no_grad():
         net.get_submodule(name).weight.fill_(3e38)
     net(torch.zeros(2, 3, 32, 32) + 1)  # the statistics behind it are no numbers either, as after the step itself
-    assert first_not_finite(net, losses(net)) == f"in the output of {name}"
+    assert first_not_finite(net, losses(net))[0] == f"in the output of {name}"
 
 
 @pytest.mark.parametrize("mode", ["plain", "checkpoint", "recompute"])
@@ -68,7 +68,7 @@ def test_a_block_whose_gradient_is_wrong_is_named(name, mode):
     save_memory(net, mode)
     block = net.get_submodule(name)
     block.bn2.register_forward_hook(lambda module, inputs, output: NanBackward.apply(output))
-    found = first_not_finite(net, losses(net))
+    found, _ = first_not_finite(net, losses(net))
     assert found == f"in the gradient that comes out of {name}"
     # torch's own way, which runs every backward function under watch, agrees that it is in the backward pass.
     with (
@@ -82,19 +82,19 @@ def test_a_block_whose_gradient_is_wrong_is_named(name, mode):
 def test_the_gradient_of_one_weight_alone():
     net = network().train()
     net.layer2[0].conv2.weight.register_hook(lambda gradient: gradient / 0)
-    assert first_not_finite(net, losses(net)) == "in the gradient of layer2.0.conv2.weight"
+    assert first_not_finite(net, losses(net))[0] == "in the gradient of layer2.0.conv2.weight"
 
 
 def test_pictures_weights_and_the_loss_itself():
     net = network().train()
     wrong = torch.full((2, 3, 32, 32), math.nan)
-    assert first_not_finite(net, (net(wrong).sum() for _ in range(1))) == "in the input of the network"
-    assert first_not_finite(net, (loss / 0 for loss in losses(net))) == "in the loss, of logits that are finite"
+    assert first_not_finite(net, (net(wrong).sum() for _ in range(1))) == ("in the input of the network", 0)
+    assert first_not_finite(net, (loss / 0 for loss in losses(net)))[0] == "in the loss, of logits that are finite"
     endless = (net(torch.ones(2, 3, 32, 32)).sub(net(torch.ones(2, 3, 32, 32))).sqrt().sum() for _ in range(1))
-    assert first_not_finite(net, endless) == "in the gradient that comes out of the loss"
+    assert first_not_finite(net, endless)[0] == "in the gradient that comes out of the loss"
     with torch.no_grad():
         net.layer1[0].conv1.weight[0] = math.nan
-    assert first_not_finite(net, losses(net)) == "in the weights before this step: layer1.0.conv1.weight"
+    assert first_not_finite(net, losses(net))[0] == "in the weights before this step: layer1.0.conv1.weight"
 
 
 def test_a_watch_sees_the_loss_and_the_first_gradient():
@@ -118,7 +118,11 @@ def test_a_watch_sees_the_loss_and_the_first_gradient():
 def test_the_error_says_what_a_person_needs():
     names = [f"cat/{number}.jpg" for number in range(32)]
     state = Path("runs/1/checkpoints/step-000000020.pt")
-    found = [("", ["healthy.jpg"]), ("in the output of layer2.0.conv3", names)]  # as two processes see it
+    found = [  # as processes see it whose batch norms are synchronised
+        ("", 50, ["healthy.jpg"]),
+        ("in the output of layer2.0.bn3", 9, ["infected.jpg"]),
+        ("in the output of layer2.0.conv3", 8, names),
+    ]
     text = str(not_finite(found, loss=math.nan, epoch=3, step=7, lr=0.12345, checkpoint=state))
     for part in (
         "the loss is nan in step 7 of epoch 3",
@@ -129,7 +133,7 @@ def test_the_error_says_what_a_person_needs():
         "step-000000020.pt",
     ):
         assert part in text
-    quiet = not_finite([("", ["a.jpg"])], loss=2.0, epoch=1, step=1, lr=1.0, checkpoint=None)
+    quiet = not_finite([("", 50, ["a.jpg"])], loss=2.0, epoch=1, step=1, lr=1.0, checkpoint=None)
     assert "the gradients are not finite in step 1 of epoch 1" in str(quiet)
     assert "no state was saved before it" in str(quiet)
 

@@ -340,8 +340,7 @@ def parallel(module: nn.Module, world: World) -> nn.Module:
 
 def accumulated(module: nn.Module, *, last: bool) -> AbstractContextManager[None]:
     """A context for forward and backward of one micro-batch: gradients are summed over ranks behind the last alone."""
-    original = getattr(module, "_orig_mod", module)  # what torch.compile has wrapped
-    return original.step() if last and isinstance(original, Parallel) else nullcontext()
+    return module.step() if last and isinstance(module, Parallel) else nullcontext()
 
 
 def share_buffers(module: nn.Module, world: World) -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from isthmus.data.cache import Resized
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.rate import loader_rate
 from isthmus.data.sources import DataSet
-from isthmus.errors import MissingExtraError
+from isthmus.errors import MissingExtraError, RecipeError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
@@ -36,7 +37,7 @@ from isthmus.train.state import RunState
 from isthmus.train.step import Forward, move
 from isthmus.train.watch import Watch, first_not_finite, memory_explained, memory_in_use, not_finite
 
-__all__ = ["LOG", "Interrupted", "train_network"]
+__all__ = ["LOG", "Interrupted", "left_out", "train_network"]
 
 LOG = "log.jsonl"
 ROWS = 20  # of an epoch in the log
@@ -91,6 +92,7 @@ def train_network(
     with stop_signals() as stop, memory_explained(net, recipe, machine, precision, world.size):
         for epoch in range(state.epoch, recipe.epochs):
             train = training_loader(data, recipe, net, epoch, world, resized)
+            require_statistics(net, recipe, train)
             until = frozen_at(recipe, net.stages, epoch)
             if prefix is None or prefix.until != until:
                 freeze(net, until)
@@ -122,7 +124,7 @@ def train_network(
                     again = (forward.loss(net, forward.inputs(each, prefix, epoch)) for each in taken)
                     names = [data.train.name(index) for each in taken for index in each.indices.tolist()]
                     raise not_finite(
-                        world.gather((first_not_finite(net, again), names)),
+                        world.gather((*first_not_finite(net, again), names)),
                         loss=watch.loss(),
                         epoch=epoch + 1,
                         step=state.step + 1,
@@ -144,7 +146,7 @@ def train_network(
                         log.add(row)
                 whole_run = recipe.epochs * train.steps * size
                 reporter.progress("training", done * size, whole_run, row | {"epoch": epoch + 1})
-                if alone and pace.batches == LOOK:
+                if alone and pace.batches >= LOOK:
                     reporter.say(binding(alone * world.size, pace.step_rate * world.size))
                     alone = 0.0
                 stopped = world.any(bool(stop))
@@ -160,10 +162,8 @@ def train_network(
                 reporter.say(f"not every picture is kept resized: {resized.full}")
             val = validation_loader(data, recipe, net, world)
             scores = Inference(state.used, machine, precision).evaluate(val, world)
-            for part, loader in (("train", train), ("validation", val)):
-                reasons = [reason for rank in world.gather(list(loader.unreadable.values())) for reason in rank]
-                if reasons:
-                    reporter.say(f"{len(reasons)} {part} pictures were left out: {listed(reasons, separator='; ')}")
+            left_out(train, "train", world, reporter)
+            left_out(val, "validation", world, reporter)
             row = {
                 "epoch": epoch + 1,
                 "loss": state.mean_loss(world, train.steps * size),
@@ -203,8 +203,19 @@ def training_loader(
         rank=world.rank,
         ranks=world.size,
         micro_batch=recipe.micro_batch,
-        on_error="skip" if recipe.unreadable == "skip" else "raise",
+        on_error=recipe.unreadable,
     )
+
+
+def require_statistics(net: ResNet, recipe: Recipe, train: Loader) -> None:
+    """Raise RecipeError where the head's batch norm would see a single picture, of which there is no variance."""
+    least = min(part.stop - part.start for part in train.parts(0)) * (train.ranks if recipe.sync_norm else 1)
+    if least == 1 and any(isinstance(module, nn.BatchNorm1d) for module in net.fc.modules()):
+        raise RecipeError(
+            f"a process would hold a single picture at once, and the head's batch norm needs two: batch_size is "
+            f"{train.step_size}, micro_batch {recipe.micro_batch}, processes {train.ranks}; take larger ones, fewer "
+            f"processes, or head=linear"
+        )
 
 
 def validation_loader(data: DataSet, recipe: Recipe, net: ResNet, world: World) -> Loader:
@@ -215,10 +226,19 @@ def validation_loader(data: DataSet, recipe: Recipe, net: ResNet, world: World) 
         batch_size=recipe.batch_size,
         micro_batch=recipe.micro_batch,
         train=False,
-        on_error="skip" if recipe.unreadable == "skip" else "raise",
+        on_error=recipe.unreadable,
         rank=world.rank,
         ranks=world.size,
     )
+
+
+def left_out(loader: Loader, part: str, world: World, reporter: Reporter) -> set[int]:
+    """The pictures that a process could not read and left out; the reporter is told why."""
+    reasons = {index: reason for rank in world.gather(loader.unreadable) for index, reason in rank.items()}
+    if reasons:
+        listing = listed(reasons.values(), separator="; ")
+        reporter.say(f"left out of the {part} pictures, {len(reasons)} that cannot be read: {listing}")
+    return set(reasons)
 
 
 @contextmanager

@@ -48,11 +48,11 @@ class Recipe:
     interpolation: Literal["", "bilinear", "bicubic"] = ""  # empty: as the weights ask
     views: tuple[View, ...] = ("identity", "hflip")  # a prediction averages over them
     head: str = "chosen"  # by cross-validation; linear; or a stage such as layer3, which a small MLP then reads
+    unreadable: Literal["raise", "skip"] = "raise"  # a picture that cannot be read; skipped ones are named
     augment: Augment = Augment()
     train_size: int = 0  # the crop that is trained on; 0: the one that is evaluated (Touvron et al. 2019)
     start_size: int = 0  # the training crop grows from here (progressive resizing); 0: it does not
     resized: int = 0  # crops come from pictures kept with this shorter side, not decoded each time; 0: from the files
-    unreadable: Literal["stop", "skip"] = "stop"  # at a picture that cannot be read, or take the next one and say so
     epochs: int = 8
     batch_size: int = 32  # pictures of one optimiser step, over all processes
     micro_batch: int = 0  # pictures that one process holds at once; 0: its whole share of the batch

@@ -43,7 +43,7 @@ class RunState:
             optimizer=make_optimizer(net, recipe),
             scaler=torch.amp.GradScaler(device.type, enabled=scaled),
             average=AveragedModel(net, multi_avg_fn=blend, use_buffers=True) if recipe.ema else None,
-            losses=torch.zeros(2, dtype=torch.float64, device=device),
+            losses=torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device),
         )
 
     @property

@@ -1,5 +1,6 @@
 """What stops a run: losses and gradients that are no numbers, found where they begin, and memory that is not enough."""
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -67,19 +68,22 @@ class Watch:
         return first is None or bool(first.isfinite().all())
 
 
-def first_not_finite(net: nn.Module, losses: Iterable[Tensor]) -> str:
+def first_not_finite(net: nn.Module, losses: Iterable[Tensor]) -> tuple[str, int]:
     """Where a value that is no finite number first appears while the batch of `losses` runs again, in words.
 
     Each loss is computed by `net` itself (not by a compiled or wrapped form of it) when it is asked for, and runs
-    backward here. Empty when everything is finite this time. The weights stay as they are; gradients do not.
+    backward here. Empty when everything is finite this time. The weights stay as they are; gradients do not. The number
+    says how many values were looked at before: synchronised batch norm carries one process's numbers to all others.
     """
     if stored := [name for name, parameter in net.named_parameters() if not finite(parameter)]:
-        return f"in the weights before this step: {listed(stored)}"
-    found: list[str] = []
+        return f"in the weights before this step: {listed(stored)}", 0
+    found: list[tuple[str, int]] = []
+    looks = itertools.count()
 
     def check(where: str, *values: Any) -> None:
+        look = next(looks)
         if not found and not all(finite(tensor) for tensor in tensors(values)):
-            found.append(where)
+            found.append((where, look))
 
     def before(name: str, _: nn.Module, inputs: Any) -> None:
         check(f"in the input of {name or 'the network'}", inputs)
@@ -112,17 +116,23 @@ def first_not_finite(net: nn.Module, losses: Iterable[Tensor]) -> str:
             if found:
                 return found[0]
     names = [name for name, parameter in net.named_parameters() if not finite(parameter.grad)]
-    return f"in the gradient of {names[-1]}" if names else ""
+    return (f"in the gradient of {names[-1]}" if names else ""), next(looks)
 
 
 def not_finite(
-    found: Sequence[tuple[str, list[str]]], *, loss: float, epoch: int, step: int, lr: float, checkpoint: Path | None
+    found: Sequence[tuple[str, int, list[str]]],
+    *,
+    loss: float,
+    epoch: int,
+    step: int,
+    lr: float,
+    checkpoint: Path | None,
 ) -> RunError:
     """The error of a step (both counted from 1) whose loss or gradients are no numbers.
 
-    `found` holds of each process where they begin and the names of its pictures.
+    `found` holds of each process what `first_not_finite` gave, and the names of its pictures.
     """
-    place, names = next((each for each in found if each[0]), found[0])
+    place, _, names = min(found, key=lambda each: (not each[0], each[1]))
     what = "the gradients are not finite" if math.isfinite(loss) else f"the loss is {loss}"
     begins = place or "nowhere when the same pictures ran again: the cause is random numbers, or the hardware"
     saved = f"the last state before it is {checkpoint}" if checkpoint else "no state was saved before it"
