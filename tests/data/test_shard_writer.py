@@ -128,6 +128,12 @@ def test_sides_stay_apart(pictures, tmp_path):
     assert train.classes == val.classes == pictures.classes
 
 
+def test_a_side_without_pictures(pictures, tmp_path):
+    with pytest.raises(DataError, match="there are no pictures for val"):
+        write_shards({"train": pictures, "val": pictures.subset([])}, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 class Stopped(Exception):
     pass
 

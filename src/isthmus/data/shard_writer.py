@@ -61,6 +61,9 @@ def write_shards(
         raise DataError(
             f"{per_shard} pictures a shard and resize {resize} make no shards; give 1 or more, and 0 or more"
         )
+    for side, pictures in sides.items():
+        if not len(pictures):
+            raise DataError(f"there are no pictures for {side}; give it some, or leave the division out")
     _begin(out, _fingerprint(sides, per_shard, resize))
     classes = next(iter(sides.values())).classes
     atomic_write(out / CLASS_FILES[0], lambda path: path.write_text(json.dumps(classes, indent=0), encoding="utf-8"))
