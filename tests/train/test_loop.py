@@ -17,6 +17,7 @@ from isthmus.data.transform import normalise
 from isthmus.errors import RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.train.checkpoint import Checkpoints, load_state, save_state
+from isthmus.train.compiled import Trial
 from isthmus.train.distributed import World
 from isthmus.train.log import read_log
 from isthmus.train.loop import LOG, Interrupted, train_network, validation_loader
@@ -353,6 +354,24 @@ def test_any_batch_size(train, batch_size):
     """7 drops the last partial batch, 100 is more than there are pictures; `Stops` checks what progress says."""
     folder, _ = train(recipe=replace(RECIPE, batch_size=batch_size, epochs=1), reporter=Stops(0))
     assert len(rows(folder)) == 1
+
+
+@pytest.mark.parametrize("wins", [False, True])
+def test_compiling_is_tried_once_in_a_run(train, wins, monkeypatch):
+    tried, compiled = [], []
+
+    def trial(net, *_):
+        tried.append(net)
+        return net, Trial(gain=2.0 if wins else 0.5)
+
+    monkeypatch.setattr("isthmus.train.loop.try_compiling", trial)
+    monkeypatch.setattr(torch, "compile", lambda net: compiled.append(net) or net)
+    made = replace(RECIPE, compile=True, freeze="layer2", unfreeze_epochs=1)
+    with pytest.raises(Interrupted):
+        train(recipe=made, reporter=Stops(2))
+    assert (len(tried), len(compiled)) == (1, 0)
+    train(recipe=made, resume=True)  # which begins frozen as it was, and thaws twice
+    assert (len(tried), len(compiled)) == (1, 3 * wins)
 
 
 @pytest.mark.parametrize("micro_batch", [0, 1])

@@ -97,7 +97,10 @@ def train_network(
             if prefix is None or prefix.until != until:
                 freeze(net, until)
                 before, prefix, outputs = frozen_sums(net), Prefix(net, until, machine, precision), None
-                model, compiling = parallel(net, world), recipe.compile and state.compiled is not False
+                trained: nn.Module = net
+                if state.compiled:  # not tried again: noise could decide otherwise, and the bits would be others
+                    trained = torch.compile(net)  # type: ignore[assignment]
+                model, compiling = parallel(trained, world), recipe.compile and state.compiled is None
             if outputs is None or recipe.start_size:
                 outputs = PrefixOutputs.where_possible(net, prefix, train, reporter)
             if alone is None and train.steps > LOOK and outputs is None:
