@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 from isthmus import records
+from isthmus.cli.work import rate_for_batch
 from isthmus.errors import RecipeError
 from isthmus.train.recipe import Recipe
 from isthmus.train.recipes import RECIPES, recipe
@@ -29,3 +32,21 @@ def test_json_gives_the_recipes_again(isthmus):
         assert row["source"]
     cifar = next(row for row in found if row["name"] == "cifar")
     assert {"network": "resnet110_cifar", "data": "CIFAR-10", "accuracy": 93.57} in cifar["reported"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "told"),
+    [
+        ("tv-v2", {"batch_size": 16}, "lr 0.5 is meant for a batch of 1024; for 16 in proportion"),
+        ("he-90", {"batch_size": 512}, "take --lr 0.2"),
+        ("he-90", {"batch_size": 512, "lr": 0.2}, ""),
+        ("he-90", {"batch_size": 256}, ""),
+        ("rsb-a2", {"batch_size": 64}, ""),  # LAMB: no rule
+        ("finetune", {"batch_size": 8}, ""),
+    ],
+)
+def test_a_rate_for_another_batch_is_told(name, settings, told):
+    made = recipe(name, data="pictures", weights="demo", **settings)
+    found = rate_for_batch(made, set(settings))
+    assert told in found
+    assert bool(told) is bool(found)

@@ -117,6 +117,8 @@ def train(
     if chosen.freeze == "trunk" and (idle := sorted(named & gradient_only())):
         raise RecipeError(f"{idle[0]} does nothing with a frozen trunk; add --freeze none, or leave it out")
     with TerminalReporter() as reporter:
+        if told := rate_for_batch(chosen, named):
+            reporter.say(told)
         try:
             run = fit(chosen, resume or out or "", resume=resume is not None, device=device, reporter=reporter)
         except Interrupted as stopped:
@@ -130,6 +132,19 @@ def train(
     print_scores(run.scores)
     console.print(
         f"Done in {run.seconds:.0f} s. Use it: isthmus predict {run.folder} PICTURES", soft_wrap=True, markup=False
+    )
+
+
+def rate_for_batch(chosen: Any, named: set[str]) -> str:
+    """A hint where the batch of a named recipe was changed and its rate was not; otherwise empty."""
+    from isthmus.train.recipes import RECIPES
+
+    usual = RECIPES[chosen.name].settings.get("batch_size", 0) if chosen.name in RECIPES else 0
+    if not usual or chosen.batch_size == usual or chosen.optimizer != "sgd" or "lr" in named:
+        return ""
+    return (
+        f"lr {chosen.lr:g} is meant for a batch of {usual}; for {chosen.batch_size} in proportion (Goyal et al. 2017) "
+        f"take --lr {chosen.lr * chosen.batch_size / usual:.2g}"
     )
 
 

@@ -20,10 +20,10 @@ from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
 from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
 from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
-from isthmus.nn.memory import save_memory
+from isthmus.nn.memory import rectify_in_place, save_memory
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision
-from isthmus.train.checkpoint import Checkpoints
+from isthmus.train.checkpoint import BEST, Checkpoints
 from isthmus.train.compiled import try_compiling
 from isthmus.train.distributed import World, accumulated, parallel
 from isthmus.train.log import Log, write_tensorboard
@@ -75,6 +75,7 @@ def train_network(
             freeze_batchnorm(child)
     if recipe.sync_norm:
         synchronise_batchnorm(net)
+    rectify_in_place(net)
     if plain_only := save_memory(net, recipe.memory):
         reporter.say(f"{listed(plain_only)} cannot recompute its parts and is run twice as a whole")
     forward = Forward.of(net, data, recipe, machine, precision)
@@ -89,11 +90,17 @@ def train_network(
     resized = Resized(data.train, recipe.resized, net.preprocess, rank=world.rank) if recipe.resized else None
     scores, prefix, outputs, alone = Tally(data.classes), None, None, None
 
-    with stop_signals() as stop, memory_explained(net, recipe, machine, precision, world.size):
+    with stop_signals(reporter) as stop, memory_explained(net, recipe, machine, precision, world.size):
         for epoch in range(state.epoch, recipe.epochs):
             train = training_loader(data, recipe, net, epoch, world, resized)
             require_statistics(net, recipe, train)
             until = frozen_at(recipe, net.stages, epoch)
+            name, size, every = f"epoch {epoch + 1}/{recipe.epochs}", train.step_size, -(-train.steps // ROWS)
+            if prefix is None:
+                reporter.say(
+                    f"{recipe.epochs} epochs of {train.steps} steps of {size} pictures, {train.size} px, peak rate "
+                    f"{recipe.lr:g}, on {machine.device} in {precision}; the run is in {run}"
+                )
             if prefix is None or prefix.until != until:
                 freeze(net, until)
                 before, prefix, outputs = frozen_sums(net), Prefix(net, until, machine, precision), None
@@ -103,10 +110,12 @@ def train_network(
                 model, compiling = parallel(trained, world), recipe.compile and state.compiled is None
             if outputs is None or recipe.start_size:
                 outputs = PrefixOutputs.where_possible(net, prefix, train, reporter)
+                if prefix.after and epoch == state.epoch:
+                    kept = "its outputs are kept" if outputs else "its outputs are computed each time"
+                    reporter.say(f"frozen until {until}: {kept}")
             if alone is None and train.steps > LOOK and outputs is None:
                 alone = loader_rate(train)
             batches = outputs.batches(train, epoch, state.step) if outputs else train.epoch(epoch, state.step)
-            name, size, every = f"epoch {epoch + 1}/{recipe.epochs}", train.step_size, -(-train.steps // ROWS)
             pace, taken, row = Pace(), list[Batch](), dict[str, Any]()
             net.train()
             for batch in pace.over(batches):
@@ -186,6 +195,12 @@ def train_network(
                 f"{name}: loss {row['loss']:.3f}, validation {scores.accuracy:.1%} "
                 f"(balanced {scores.balanced_accuracy:.1%}), {row['pictures_per_second']:.1f} pictures/s"
             )
+    if log is not None:
+        best = max((row for row in log.rows if "val_accuracy" in row), key=lambda row: float(row["val_accuracy"]))
+        if best["val_accuracy"] > scores.accuracy:
+            reporter.say(
+                f"epoch {best['epoch']} validated best, {best['val_accuracy']:.1%}: its weights are in {run / BEST}"
+            )
     return state.used, scores
 
 
@@ -245,7 +260,7 @@ def left_out(loader: Loader, part: str, world: World, reporter: Reporter) -> set
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[int]]:
+def stop_signals(reporter: Reporter) -> Iterator[list[int]]:
     """A list that Ctrl-C and SIGTERM write themselves into, so that the loop can stop between two steps.
 
     A second Ctrl-C ends the process at once. A second SIGTERM does not: schedulers and torchrun both send one.
@@ -255,6 +270,7 @@ def stop_signals() -> Iterator[list[int]]:
 
     def receive(number: int, _frame: Any) -> None:
         received.append(number)
+        reporter.say("stopping behind this step, to save it; Ctrl-C again ends the run at once")
         signal.signal(signal.SIGINT, handlers[signal.SIGINT])
 
     try:

@@ -27,14 +27,14 @@ class Pace:
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
+            if self.batches == FIRST:
+                self.steady = asked, self.waited, self.seen
             batch = next(iterator, None)
             self.waited += time.perf_counter() - asked
             if batch is None:
                 return
-            yield batch
             self.seen, self.batches = self.seen + len(batch.labels), self.batches + 1
-            if self.batches == FIRST:
-                self.steady = time.perf_counter(), self.waited, self.seen
+            yield batch
 
     @property
     def rate(self) -> float:
