@@ -322,7 +322,7 @@ class Stops(Reporter):
 
 @pytest.mark.parametrize(
     ("name", "stops"),
-    [("linear-probe", ("features", 8)), ("finetune", ("features", 8)), ("finetune", ("training", 24))],
+    [("linear-probe", ("features", 8)), ("finetune", ("features", 8)), ("finetune", ("train", 24))],
 )
 def test_a_stopped_run_goes_on_to_the_same_model(name, stops, pictures, start, tmp_path):
     settings = {"data": str(pictures), "weights": str(start["folded"]), "val_fraction": 0.3}

@@ -45,7 +45,7 @@ def test_a_file_gets_a_line_now_and_then(capsys):
     for number, line in enumerate(lines, 1):
         done = 8 * number  # steps
         left = f"{(60 - done) * 4 // 60}:{(60 - done) * 4 % 60:02}"
-        expected = f"epoch 3/90: {done / 60 * 100:.0f} %, 8.0 pictures/s, 0:0{left} left, loss 1.235, lr 0.012, 3.0 GiB"
+        expected = f"epoch 3/90: {done / 60 * 100:.0f} %, 8.0 pictures/s, 0{left} left, loss 1.235, lr 0.012, 3.0 GiB"
         assert line == expected
 
 
@@ -75,9 +75,9 @@ def test_a_task_may_come_again(capsys):
                 reporter.progress("evaluating", done, 200)
         assert not reporter.bar.tasks
     assert capsys.readouterr().err.splitlines() == [
-        "evaluating: 50 %, 2.5 pictures/s, 0:00:40 left",
+        "evaluating: 50 %, 2.5 pictures/s, 00:40 left",
         "evaluating: 25 %",
-        "evaluating: 75 %, 2.5 pictures/s, 0:00:20 left",
+        "evaluating: 75 %, 2.5 pictures/s, 00:20 left",
     ]
 
 
@@ -113,6 +113,6 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):
     shown = written.decode()
     assert shown.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is back, and the bar's line is empty
     plain = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown)
-    bar = next(line for line in plain.splitlines() if "50 %" in line).split("\r")[-1]
-    assert re.fullmatch(r"epoch 3/90 \S{3} 50 %, 8.0 pictures/s, 0:02:00 left, loss 1.235, lr 0.012, 3.0 GiB", bar)
+    bar = next(line for line in plain.splitlines() if "02:00 left" in line).split("\r")[-1]
+    assert re.fullmatch(r"epoch 3/90 \S+ 8.0 pictures/s, 02:00 left, loss 1.235, lr 0.012, 3.0 GiB", bar)
     assert "a milestone" in plain

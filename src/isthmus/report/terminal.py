@@ -31,9 +31,9 @@ FACTS: dict[str, Callable[[float], str]] = {
 
 def told(task: Task) -> str:
     """The state of a task in words; its speed is that of the last two minutes."""
-    parts, facts = [f"{task.percentage:.0f} %"], task.fields["facts"]
+    parts, facts = [], task.fields["facts"]
     if task.speed:
-        left = timedelta(seconds=round(((task.total or 0) - task.completed) / task.speed))
+        left = str(timedelta(seconds=round(((task.total or 0) - task.completed) / task.speed))).removeprefix("0:")
         parts += [f"{task.speed:.{1 if task.speed < 10 else 0}f} pictures/s", f"{left} left"]
     return ", ".join(parts + [words(facts[name]) for name, words in FACTS.items() if name in facts])
 
@@ -83,6 +83,6 @@ class TerminalReporter(Reporter):
         if self.bar.disable and done < total and self.clock() - self.last >= EVERY:
             self.last = self.clock()
             now = next(each for each in self.bar.tasks if each.id == self.tasks[task])
-            self.say(f"{task}: {told(now)}")
+            self.say(f"{task}: " + ", ".join(filter(None, (f"{now.percentage:.0f} %", told(now)))))
         if done >= total:
             self.bar.remove_task(self.tasks.pop(task))

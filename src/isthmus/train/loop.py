@@ -157,7 +157,7 @@ def train_network(
                     if log is not None:
                         log.add(row)
                 whole_run = recipe.epochs * train.steps * size
-                reporter.progress("training", done * size, whole_run, row | {"epoch": epoch + 1})
+                reporter.progress("train", done * size, whole_run, row | {"epoch": epoch + 1})
                 if alone and pace.batches >= LOOK:
                     reporter.say(binding(alone * world.size, pace.step_rate * world.size))
                     alone = 0.0
