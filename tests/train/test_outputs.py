@@ -29,6 +29,7 @@ from isthmus.train.prefix import Prefix, frozen_at
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.train.rows import Rows
+from isthmus.train.step import Behind
 from oracles import ours, picture, random_state, relative_error, small
 from small_runs import Recorder, network
 
@@ -52,7 +53,7 @@ def test_prefix_and_rest_are_the_network(name, head, here):
         net = random_net(name, head)
         freeze(net, until)
         given = Prefix(net, until, here, "fp32")(x)
-        found = net(given.images, after=given.after, known=given.known)
+        found = Behind(net)(*given)
         mine = torch.autograd.grad(found.square().sum(), [p for p in net.parameters() if p.requires_grad])
         wanted = net(x)
         theirs = torch.autograd.grad(wanted.square().sum(), [p for p in net.parameters() if p.requires_grad])
@@ -234,7 +235,7 @@ def test_a_prefix_that_pools_everything_keeps_no_maps(data, here):
     source = outputs(data, net, here, until="trunk")
     assert source.rows.width == 4 * (16 + 32)
     batch = next(source.batches(loader(data, net), 0))
-    assert net(batch.given.images, after=batch.given.after, known=batch.given.known).shape == (6, 2)
+    assert Behind(net)(*batch.given).shape == (6, 2)
 
 
 def test_rows_that_two_processes_share(tmp_path, cache):

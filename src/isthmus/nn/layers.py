@@ -101,9 +101,9 @@ class BlurPool(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to (N, C, H / stride, W / stride), rounded up."""
-        here = x.device.type
         # On the CPU autocast pads in fp32, which changes no value and copies every map twice.
-        with torch.autocast(here, enabled=False) if torch.is_autocast_enabled(here) else nullcontext():
+        pads_wide = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        with torch.autocast("cpu", enabled=False) if pads_wide else nullcontext():
             padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
         return F.conv2d(padded, self.kernel, stride=self.stride, groups=self.channels)
 

@@ -132,8 +132,8 @@ class ResNet(nn.Module):
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
-    def forward(self, x: Tensor, *, after: str = "", known: Mapping[str, Tensor] | None = None) -> Tensor:
-        logits: Tensor = self.fc(self.pooled(x, after=after, known=known))
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(self.pooled(x))
         return logits
 
     def train(self, mode: bool = True) -> Self:

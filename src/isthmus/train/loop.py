@@ -34,7 +34,7 @@ from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.train.schedule import rate, training_size
 from isthmus.train.state import RunState
-from isthmus.train.step import Forward, move
+from isthmus.train.step import Behind, Forward, move
 from isthmus.train.watch import Watch, first_not_finite, memory_explained, memory_in_use, not_finite
 
 __all__ = ["LOG", "Interrupted", "left_out", "train_network"]
@@ -104,9 +104,9 @@ def train_network(
             if prefix is None or prefix.until != until:
                 freeze(net, until)
                 before, prefix, outputs = frozen_sums(net), Prefix(net, until, machine, precision), None
-                trained: nn.Module = net
+                trained: nn.Module = Behind(net)
                 if state.compiled:  # not tried again: noise could decide otherwise, and the bits would be others
-                    trained = torch.compile(net)  # type: ignore[assignment]
+                    trained = torch.compile(trained)  # type: ignore[assignment]
                 model, compiling = parallel(trained, world), recipe.compile and state.compiled is None
             if outputs is None or recipe.start_size:
                 outputs = PrefixOutputs.where_possible(net, prefix, train, reporter)
@@ -121,7 +121,7 @@ def train_network(
             for batch in pace.over(batches):
                 inputs, taken = forward.inputs(batch, prefix, epoch), [*taken, batch]
                 if compiling:
-                    trained, trial = try_compiling(net, partial(forward.loss, inputs=inputs), device, world)
+                    trained, trial = try_compiling(trained, partial(forward.loss, inputs=inputs), device, world)
                     model, state.compiled, compiling = parallel(trained, world), trial.wins, False
                     reporter.say(str(trial))
                 last = batch.part == batch.parts - 1
@@ -133,7 +133,7 @@ def train_network(
                 if not last:
                     continue
                 if world.any(not watch.fine(net), "a look at the loss"):
-                    again = (forward.loss(net, forward.inputs(each, prefix, epoch)) for each in taken)
+                    again = (forward.loss(Behind(net), forward.inputs(each, prefix, epoch)) for each in taken)
                     names = [data.train.name(index) for each in taken for index in each.indices.tolist()]
                     raise not_finite(
                         world.gather((*first_not_finite(net, again), names)),

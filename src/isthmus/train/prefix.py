@@ -32,7 +32,7 @@ def frozen_at(recipe: Recipe, stages: Sequence[str], epoch: int) -> str:
 
 
 class Given(NamedTuple):
-    """What the rest of a network is given: `net(images, after=after, known=known)`.
+    """What the rest of a network is given, as `ResNet.pooled` takes it.
 
     Normalised pictures (N, C, H, W); or, with `after`, the map behind that point (empty where the head does not need
     it), and what the head's taps up to there are when pooled.

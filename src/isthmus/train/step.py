@@ -1,5 +1,6 @@
 """One training step in its pieces: what the network takes of a batch, the loss of it, and the move of the weights."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from isthmus.train.recipe import Recipe
 from isthmus.train.schedule import rate
 from isthmus.train.state import RunState
 
-__all__ = ["Forward", "Inputs", "move"]
+__all__ = ["Behind", "Forward", "Inputs", "move"]
 
 
 class Inputs(NamedTuple):
@@ -28,10 +29,18 @@ class Inputs(NamedTuple):
     given: Given
     targets: Tensor
 
-    def through(self, model: nn.Module) -> Tensor:
-        """The logits of `model`, which is the network or a wrapped or compiled form of it."""
-        images, after, known = self.given
-        logits: Tensor = model(images, after=after, known=known)
+
+class Behind(nn.Module):
+    """A network that goes on from what its frozen beginning gives; its forward takes the parts of a `Given`."""
+
+    def __init__(self, net: ResNet) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor, after: str = "", known: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Logits (N, classes)."""
+        # Pictures go through the network itself, so that hooks on it are called.
+        logits: Tensor = self.net.fc(self.net.pooled(images, after=after, known=known)) if after else self.net(images)
         return logits
 
 
@@ -73,9 +82,9 @@ class Forward:
         return Inputs(prefix(images), targets)
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Tensor:
-        """The summed loss of the batch."""
+        """The summed loss of the batch; `model` is a `Behind`, or a wrapped or compiled form of it."""
         with self.machine.autocast(self.precision):
-            logits = inputs.through(model)
+            logits = model(*inputs.given)
         return self.objective(logits, inputs.targets)
 
 
