@@ -40,7 +40,7 @@ class Stopwatch(Reporter):
         self.times: list[float] = []
 
     def progress(self, task: str, *_others: Any) -> None:
-        if task == "training":
+        if task == "train":
             self.times.append(time.perf_counter())
 
     @property
@@ -76,7 +76,7 @@ def by_hand(
             optimizer.step()
             if device != "cpu":
                 torch.cuda.synchronize()
-            watch.progress("training")
+            watch.progress("train")
         return watch.seconds
 
     return steps
