@@ -25,7 +25,7 @@ from isthmus.train.prefix import Prefix
 from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.train.state import RunState
-from isthmus.train.step import Forward, move
+from isthmus.train.step import Behind, Forward, move
 from measure import ratios, spread, write_result
 
 BATCH, FROZEN, CLASSES = 16, ("conv1", "bn1", "layer1", "layer2", "layer3"), 2
@@ -72,6 +72,7 @@ def ours(*, cached: bool):
     )
     net = isthmus.create("resnet50", num_classes=CLASSES).to(memory_format=torch.channels_last).train()
     isthmus.freeze(net, "layer3")
+    model = Behind(net)
     forward = Forward.of(net, DataSet(name="elpv", train=pictures, val=pictures), recipe, here, here.precision)
     state = RunState.start(net, recipe, here.torch_device, scaled=False)
     prefix = Prefix(net, "layer3", here, here.precision)
@@ -87,7 +88,7 @@ def ours(*, cached: bool):
 
     def step() -> None:
         inputs = forward.inputs(next(batches), prefix, 0)
-        (forward.loss(net, inputs) / BATCH).backward()
+        (forward.loss(model, inputs) / BATCH).backward()
         move(state, recipe, loader.steps)
 
     return step

@@ -29,7 +29,7 @@ from isthmus.data.order import sample_generator
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import open_pictures
 from isthmus.data.transform import cut_out, normalise
-from isthmus.runtime import cores
+from isthmus.runtime import cores, keep_freed_memory
 from measure import ratios, spread, write_result
 from photographs import write_photographs
 
@@ -116,6 +116,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="alternated epochs of each loader (default 7)")
     parser.add_argument("--folder", type=Path, help="pictures in class folders, instead of those made for this")
     options = parser.parse_args()
+    keep_freed_memory()  # as a run does; DataLoader's workers inherit it
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "pictures"
         if options.folder is None:

@@ -15,7 +15,7 @@ from isthmus.arch.variants import variant
 from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
 from isthmus.nn.block import BottleneckBlock
 from isthmus.nn.freeze import freeze
-from isthmus.nn.memory import rectify_in_place, save_memory
+from isthmus.nn.memory import save_memory, work_in_place
 from isthmus.nn.network import ResNet
 from oracles import picture, random_state, relative_error, saved_bytes, trimmed
 
@@ -255,10 +255,10 @@ def test_resnet50_holds_two_fifths():
 
 @pytest.mark.parametrize("mode", ["plain", *MODES])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_rectifying_in_place_changes_no_bit(name, mode):
+def test_working_in_place_changes_no_bit(name, mode):
     plain = network(name)
     other = copy.deepcopy(plain)
-    rectify_in_place(other)
+    work_in_place(other)
     assert any(module.inplace for module in other.modules() if isinstance(module, nn.ReLU))
     save_memory(plain, mode)
     save_memory(other, mode)
@@ -268,10 +268,10 @@ def test_rectifying_in_place_changes_no_bit(name, mode):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet50d"])
-def test_rectifying_in_place_without_norm(name):
+def test_working_in_place_without_norm(name):
     plain = network(small(name, norm="none"))
     other = copy.deepcopy(plain)
-    rectify_in_place(other)
+    work_in_place(other)
     x = picture(2, 3, 33, 33)
     for found, wanted in zip(step(other, x), step(plain, x), strict=True):
         assert torch.equal(found, wanted)

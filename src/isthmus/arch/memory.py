@@ -36,6 +36,7 @@ Size = tuple[int, ...]
 FULL = 4  # bytes of fp32, in which weights, gradients, states and statistics are held whatever the maps are in
 ITEM = {"fp32": 4, "bf16": 2, "fp16": 2}
 INDEX = 8  # bytes of int64: max pools remember where each maximum was
+COSTLY = 512  # input channels; a wider 1×1 costs more than a 3×3 of 64, and in ResNet-50 gives small maps
 STATES = {"sgd": 1, "adamw": 2, "lamb": 2}  # numbers beside each weight: momentum; first and second moment
 
 
@@ -102,20 +103,26 @@ def kept(steps: tuple[Step, ...], mode: Memory) -> frozenset[int]:
     """The values of a chain that wait for backward.
 
     `plain` keeps all that some backward reads: of a ReLU its output, of an addition nothing, of the others their input.
-    `recompute` keeps the input, the output where it is a ReLU's, and what convolutions of more than 1×1 gave: norms,
-    activations and 1×1 convolutions are cheap to run again. `checkpoint` keeps the input alone.
+    `recompute` keeps the input, the output where it is a ReLU's, and what COSTLY convolutions gave: norms, activations
+    and the other convolutions are cheap to run again. `checkpoint` keeps the input alone.
     """
     if mode == "checkpoint":
         return frozenset((0,))
     places = range(1, len(steps) + 1)
     if mode == "recompute":
-        wide = {place for place in places if steps[place - 1].kind == "conv" and steps[place - 1].layers[0].kernel > 1}
-        return frozenset({0, *wide, *([len(steps)] if steps[-1].kind == "relu" else [])})
+        costly = {place for place, step in zip(places, steps, strict=True) if step.kind == "conv" and is_costly(step)}
+        return frozenset({0, *costly, *([len(steps)] if steps[-1].kind == "relu" else [])})
     return frozenset(
         place if step.kind == "relu" else step.inputs[0]
         for place, step in zip(places, steps, strict=True)
         if step.kind not in READS_NOTHING
     )
+
+
+def is_costly(step: Step) -> bool:
+    """Whether to keep what a convolution gave rather than to run it again."""
+    layer = step.layers[0]
+    return layer.kernel > 1 or layer.in_channels > COSTLY
 
 
 class Bytes(NamedTuple):

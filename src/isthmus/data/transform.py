@@ -86,11 +86,10 @@ def evaluation_transform(record: Preprocess) -> Callable[[Pixels], Tensor]:
 
 
 @lru_cache(maxsize=16)
-def _mean_and_std(record: Preprocess, device: torch.device, width: int) -> tuple[Tensor, Tensor]:
-    """In grey levels, for `width` neighbouring pixels: (width * C,); with width 0, (C, 1, 1)."""
+def _mean_and_std(record: Preprocess, device: torch.device) -> tuple[Tensor, Tensor]:
+    """In grey levels: (C, 1, 1)."""
     with torch.inference_mode(mode=False):  # they outlive the caller's mode
-        both = torch.tensor([record.mean, record.std], device=device).mul(255)
-        mean, std = both.repeat(1, width) if width else both[..., None, None]
+        mean, std = torch.tensor([record.mean, record.std], device=device).mul(255)[..., None, None]
     return mean, std
 
 
@@ -107,12 +106,23 @@ def normalise(images: Tensor, record: Preprocess, out: Tensor | None = None) -> 
         )
     ordered = images.flip(-3) if record.channels == "BGR" else images
     out = torch.empty_like(ordered, dtype=torch.float32) if out is None else out
-    out.copy_(ordered)
-    if out.ndim == 4 and out.is_contiguous(memory_format=torch.channels_last):
-        # Seen as rows of width * C numbers, so that the inner loop is a long one: a quarter of the time on a CPU.
-        width = out.shape[-1]
-        mean, std = _mean_and_std(record, out.device, width)
-        out.permute(0, 2, 3, 1).view(-1, width * out.shape[1]).sub_(mean).div_(std)
+    mean, std = _mean_and_std(record, out.device)
+    if out.is_cpu and out.ndim == 4 and all(each.permute(0, 2, 3, 1).is_contiguous() for each in (ordered, out)):
+        _normalise_rows(ordered, mean, std, out)
         return out
-    mean, std = _mean_and_std(record, out.device, 0)
-    return out.sub_(mean).div_(std)
+    return out.copy_(ordered).sub_(mean).div_(std)
+
+
+def _normalise_rows(images: Tensor, mean: Tensor, std: Tensor, out: Tensor) -> None:
+    """The same, on this thread alone and a picture at a time, which its cache holds.
+
+    A team of torch's threads waits for the cores on which the loader's decode, and takes a fifth of their rate. Rows
+    are seen as width * C numbers, so that the inner loop is a long one.
+    """
+    width = images.shape[-1]
+    means, stds = (np.tile(each.flatten().numpy(), width) for each in (mean, std))
+    for source, target in zip(images, out, strict=True):
+        rows = target.permute(1, 2, 0).flatten(1).numpy()
+        np.copyto(rows, source.permute(1, 2, 0).flatten(1).numpy())
+        np.subtract(rows, means, out=rows)
+        np.divide(rows, stds, out=rows)

@@ -84,6 +84,7 @@ class ResidualBlock(nn.Module):
     act3: nn.Module
     act: nn.Module
     downsample: nn.Module | None
+    in_place = False  # whether the shortcut is added into the main path's output: see nn.memory.work_in_place
 
     def __init__(
         self,
@@ -150,6 +151,12 @@ class ResidualBlock(nn.Module):
             x = self.downsample(x)
         return x
 
+    def joined(self, out: Tensor, x: Tensor) -> Tensor:
+        """The main path's output and the shortcut of `x`, added."""
+        shortcut = self.shortcut(x)
+        # Autocast may leave them in two precisions, and the sum is in the wider.
+        return out.add_(shortcut) if self.in_place and out.dtype == shortcut.dtype else out + shortcut
+
 
 class BottleneckBlock(ResidualBlock):
     """1×1 reduce, 3×3 on the narrow strip, 1×1 expand, plus the shortcut (He et al. 2015, fig. 5 right).
@@ -165,7 +172,7 @@ class BottleneckBlock(ResidualBlock):
         out = self.act1(self.bn1(self.conv1(x)))
         out = self.aa(self.act2(self.bn2(self.conv2(out))))
         out = self.drop_path(self.se(self.bn3(self.conv3(out))))
-        result: Tensor = self.act(out + self.shortcut(x)) if self.adds else self.act(out)
+        result: Tensor = self.act(self.joined(out, x) if self.adds else out)
         return result
 
 
@@ -181,7 +188,7 @@ class BasicBlock(ResidualBlock):
     def forward(self, x: Tensor) -> Tensor:
         out = self.aa(self.act1(self.bn1(self.conv1(x))))
         out = self.drop_path(self.se(self.bn2(self.conv2(out))))
-        result: Tensor = self.act(out + self.shortcut(x)) if self.adds else self.act(out)
+        result: Tensor = self.act(self.joined(out, x) if self.adds else out)
         return result
 
 
@@ -200,7 +207,7 @@ class PreActBottleneckBlock(ResidualBlock):
         out: Tensor = self.act2(self.bn2(self.conv1(active)))
         out = self.act3(self.bn3(self.conv2(out)))
         out = self.drop_path(self.se(self.conv3(out)))
-        return out + self.shortcut(active if self.projects else x) if self.adds else out
+        return self.joined(out, active if self.projects else x) if self.adds else out
 
 
 BLOCKS: dict[str, type[ResidualBlock]] = {

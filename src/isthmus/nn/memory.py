@@ -20,7 +20,7 @@ from isthmus.nn.batchnorm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBat
 from isthmus.nn.block import BLOCKS, ResidualBlock
 from isthmus.nn.layers import DropPath
 
-__all__ = ["Stage", "in_memory", "rectify_in_place", "save_memory"]
+__all__ = ["Stage", "in_memory", "save_memory", "work_in_place"]
 
 aten = torch.ops.aten
 Made = tuple[Tensor, ...]
@@ -53,7 +53,7 @@ def save_memory(net: Network, mode: Memory) -> tuple[str, ...]:
     """Choose what the stem and the blocks of `net` keep for backward, in place; `plain` is torch's own way.
 
     `checkpoint` keeps each block's input and runs the whole block again (Chen et al. 2016). `recompute` also keeps what
-    convolutions of more than 1×1 gave, and runs norms, activations and 1×1 convolutions again. Batch-norm statistics
+    costly convolutions gave, and runs norms, activations and the others again. Batch-norm statistics
     move once, random numbers repeat, and gradients are those of the plain network; second derivatives raise. Without
     gradients, in evaluation and in torch.compile the network is plain. Returns the names of blocks that have to be
     checkpointed although `recompute` was asked: a caller's own, and at each call also those with hooks inside, which
@@ -71,13 +71,15 @@ def save_memory(net: Network, mode: Memory) -> tuple[str, ...]:
     return tuple(whole)
 
 
-def rectify_in_place(net: nn.Module) -> None:
-    """Let ReLUs write over their input, which no backward pass reads; a caller's own blocks stay as they are.
+def work_in_place(net: nn.Module) -> None:
+    """Let ReLUs and additions write over their input, which no backward pass reads; a caller's own blocks stay as are.
 
-    A training step on a CPU is some 5 % faster for it. Hooks on the layers before them see what they always saw, but
-    what they keep without copying changes afterwards.
+    A training step on a CPU is some 6 % faster for it. Hooks on the layers before them see what they always saw, but
+    what they keep without copying changes afterwards, and backward hooks there raise.
     """
-    ours = [module for module in net.modules() if type(module) in BLOCKS.values()]
+    ours = [cast("ResidualBlock", module) for module in net.modules() if type(module) in BLOCKS.values()]
+    for block in ours:
+        block.in_place = True
     for parent in (net, *ours):
         for module in parent.children():
             if isinstance(module, nn.ReLU):

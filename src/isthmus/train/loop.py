@@ -20,7 +20,7 @@ from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
 from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
 from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
-from isthmus.nn.memory import rectify_in_place, save_memory
+from isthmus.nn.memory import save_memory, work_in_place
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision
 from isthmus.train.checkpoint import BEST, Checkpoints
@@ -75,7 +75,7 @@ def train_network(
             freeze_batchnorm(child)
     if recipe.sync_norm:
         synchronise_batchnorm(net)
-    rectify_in_place(net)
+    work_in_place(net)
     if plain_only := save_memory(net, recipe.memory):
         reporter.say(f"{listed(plain_only)} cannot recompute its parts and is run twice as a whole")
     forward = Forward.of(net, data, recipe, machine, precision)
