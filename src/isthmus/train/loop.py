@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from isthmus.data.cache import Resized
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.rate import loader_rate
 from isthmus.data.sources import DataSet
-from isthmus.errors import MissingExtraError, RecipeError
+from isthmus.errors import MissingExtraError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
@@ -34,7 +34,7 @@ from isthmus.train.recipe import Recipe
 from isthmus.train.reporter import Reporter
 from isthmus.train.schedule import rate, training_size
 from isthmus.train.state import RunState
-from isthmus.train.step import Behind, Forward, move
+from isthmus.train.step import Behind, Forward, Inputs, move
 from isthmus.train.watch import Watch, first_not_finite, memory_explained, memory_in_use, not_finite
 
 __all__ = ["LOG", "Interrupted", "left_out", "train_network"]
@@ -66,142 +66,214 @@ def train_network(
     SIGTERM. Raises Interrupted after saving, RunError when the loss is not a number, the memory does not suffice, or
     the state cannot be saved or read.
     """
-    world, device = world or World(), machine.torch_device
-    precision: Precision = machine.precision if recipe.precision == "auto" else recipe.precision
-    torch.manual_seed(recipe.seed + world.rank)
-    net.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    for name, child in net.named_children():
-        if name != "fc" and not recipe.train_norm:  # the head's own norm follows its features as they move
-            freeze_batchnorm(child)
-    if recipe.sync_norm:
-        synchronise_batchnorm(net)
-    work_in_place(net)
-    if plain_only := save_memory(net, recipe.memory):
-        reporter.say(f"{listed(plain_only)} cannot recompute its parts and is run twice as a whole")
-    forward = Forward.of(net, data, recipe, machine, precision)
-    state = RunState.start(net, recipe, device, scaled=precision == "fp16")
-    checkpoints, saved = Checkpoints(run), None
-    if resume and (saved := checkpoints.latest(reporter)):
-        state.restore(saved, world)
-    elif resume:
-        reporter.say(f"{run} holds no checkpoint; training begins anew")
-    log = Log(run / LOG, saved["log"] if saved else 0, reporter) if world.main else None
-    watch = Watch(device, gradients=precision != "fp16")
-    resized = Resized(data.train, recipe.resized, net.preprocess, rank=world.rank) if recipe.resized else None
-    scores, prefix, outputs, alone = Tally(data.classes), None, None, None
+    world, scores = world or World(), Tally(data.classes)
+    training = Training(net, data, recipe, machine, run, reporter, world, resume=resume)
+    with stop_signals(reporter) as stop, memory_explained(net, recipe, machine, training.precision, world.size):
+        for epoch in range(training.state.epoch, recipe.epochs):
+            train = training.begin(epoch)
+            pace = training.run_epoch(train, epoch, stop)
+            scores = training.end(train, epoch, pace)
+    training.name_best(scores)
+    return training.state.used, scores
 
-    with stop_signals(reporter) as stop, memory_explained(net, recipe, machine, precision, world.size):
-        for epoch in range(state.epoch, recipe.epochs):
-            train = training_loader(data, recipe, net, epoch, world, resized)
-            require_statistics(net, recipe, train)
-            until = frozen_at(recipe, net.stages, epoch)
-            name, size, every = f"epoch {epoch + 1}/{recipe.epochs}", train.step_size, -(-train.steps // ROWS)
-            if prefix is None:
-                reporter.say(
-                    f"{recipe.epochs} epochs of {train.steps} steps of {size} pictures, {train.size} px, peak rate "
-                    f"{recipe.lr:g}, on {machine.device} in {precision}; the run is in {run}"
-                )
-            if prefix is None or prefix.until != until:
-                freeze(net, until)
-                before, prefix, outputs = frozen_sums(net), Prefix(net, until, machine, precision), None
-                trained: nn.Module = Behind(net)
-                if state.compiled:  # not tried again: noise could decide otherwise, and the bits would be others
-                    trained = torch.compile(trained)  # type: ignore[assignment]
-                model, compiling = parallel(trained, world), recipe.compile and state.compiled is None
-            if outputs is None or recipe.start_size:
-                outputs = PrefixOutputs.where_possible(net, prefix, train, reporter)
-                if prefix.after and epoch == state.epoch:
-                    kept = "its outputs are kept" if outputs else "its outputs are computed each time"
-                    reporter.say(f"frozen until {until}: {kept}")
-            if alone is None and train.steps > LOOK and outputs is None:
-                alone = loader_rate(train)
-            batches = outputs.batches(train, epoch, state.step) if outputs else train.epoch(epoch, state.step)
-            pace, taken, row = Pace(), list[Batch](), dict[str, Any]()
-            net.train()
-            for batch in pace.over(batches):
-                inputs, taken = forward.inputs(batch, prefix, epoch), [*taken, batch]
-                if compiling:
-                    trained, trial = try_compiling(trained, partial(forward.loss, inputs=inputs), device, world)
-                    model, state.compiled, compiling = parallel(trained, world), trial.wins, False
-                    reporter.say(str(trial))
-                last = batch.part == batch.parts - 1
-                with accumulated(model, last=last):
-                    loss = forward.loss(model, inputs)
-                    state.losses += loss.detach()
-                    watch.take(state.losses[0])
-                    state.scaler.scale(loss / size).backward()  # type: ignore[no-untyped-call]
-                if not last:
-                    continue
-                if world.any(not watch.fine(net), "a look at the loss"):
-                    again = (forward.loss(Behind(net), forward.inputs(each, prefix, epoch)) for each in taken)
-                    names = [data.train.name(index) for each in taken for index in each.indices.tolist()]
-                    raise not_finite(
-                        world.gather((*first_not_finite(net, again), names)),
-                        loss=watch.loss(),
-                        epoch=epoch + 1,
-                        step=state.step + 1,
-                        lr=recipe.lr,
-                        checkpoint=next(iter(checkpoints.files()), None),
-                    )
-                (lr, norm), taken = move(state, recipe, train.steps), []
-                done, ends = epoch * train.steps + state.step, state.step == train.steps
-                if state.step % every == 0 or ends:
-                    row = {
-                        "epoch": epoch + 1,
-                        "step": done,
-                        "loss": state.recent_loss(world, size * ((state.step - 1) % every + 1)),
-                        "lr": lr,
-                    }
-                    row |= {"pictures_per_second": pace.rate * world.size, "memory": memory_in_use(device)}
-                    row |= {} if norm is None else {"gradient_norm": float(norm)}
-                    if log is not None:
-                        log.add(row)
-                whole_run = recipe.epochs * train.steps * size
-                reporter.progress("train", done * size, whole_run, row | {"epoch": epoch + 1})
-                if alone and pace.batches >= LOOK:
-                    reporter.say(binding(alone * world.size, pace.step_rate * world.size))
-                    alone = 0.0
-                stopped = world.any(bool(stop))
-                if stopped or ends or (recipe.save_every and state.step % recipe.save_every == 0):
-                    whole = state.to_dict(world)
-                    if log is not None:
-                        checkpoints.save(whole | {"log": log.length()}, step=done)
-                if stopped:
-                    raise Interrupted(f"stopped in epoch {epoch + 1} after {state.step} of {train.steps} steps")
 
-            require_unmoved(before, net)
-            if resized is not None and resized.full and epoch == 0:
-                reporter.say(f"not every picture is kept resized: {resized.full}")
-            val = validation_loader(data, recipe, net, world)
-            scores = Inference(state.used, machine, precision).evaluate(val, world)
-            left_out(train, "train", world, reporter)
-            left_out(val, "validation", world, reporter)
-            row = {
-                "epoch": epoch + 1,
-                "loss": state.mean_loss(world, train.steps * size),
-                "lr": rate(recipe, (epoch + 1) * train.steps - 1, train.steps),
-                "pictures_per_second": pace.rate * world.size,
-                "val_accuracy": scores.accuracy,
-                "val_balanced_accuracy": scores.balanced_accuracy,
-                "val_loss": scores.loss,
-            }
-            if log is not None:
-                log.add(row)
-                checkpoints.save_best(state.used, log.rows)
-                with suppress(MissingExtraError):
-                    write_tensorboard(log.rows, run / "tensorboard")
-            state.begin_epoch(epoch + 1)
-            reporter.say(
-                f"{name}: loss {row['loss']:.3f}, validation {scores.accuracy:.1%} "
-                f"(balanced {scores.balanced_accuracy:.1%}), {row['pictures_per_second']:.1f} pictures/s"
+class Training:
+    """A run under way, as one of its processes sees it."""
+
+    def __init__(
+        self,
+        net: ResNet,
+        data: DataSet,
+        recipe: Recipe,
+        machine: Machine,
+        run: Path,
+        reporter: Reporter,
+        world: World,
+        *,
+        resume: bool,
+    ) -> None:
+        self.net, self.data, self.recipe, self.machine = net, data, recipe, machine
+        self.run, self.reporter, self.world, self.device = run, reporter, world, machine.torch_device
+        self.precision: Precision = machine.precision if recipe.precision == "auto" else recipe.precision
+        self.make_ready()
+        self.forward = Forward.of(net, data, recipe, machine, self.precision)
+        self.state = RunState.start(net, recipe, self.device, scaled=self.precision == "fp16")
+        self.checkpoints, saved = Checkpoints(run), None
+        if resume and (saved := self.checkpoints.latest(reporter)):
+            self.state.restore(saved, world)
+        elif resume:
+            reporter.say(f"{run} holds no checkpoint; training begins anew")
+        self.log = Log(run / LOG, saved["log"] if saved else 0, reporter) if world.main else None
+        self.watch = Watch(self.device, gradients=self.precision != "fp16")
+        self.resized = Resized(data.train, recipe.resized, net.preprocess, rank=world.rank) if recipe.resized else None
+        self.prefix: Prefix | None = None
+        self.outputs: PrefixOutputs | None = None
+        self.loader_rate: float | None = None  # of this process, 0 once it was told
+
+    def make_ready(self) -> None:
+        """Bring the network to its device, with batch norms and memory as the recipe says."""
+        recipe = self.recipe
+        torch.manual_seed(recipe.seed + self.world.rank)
+        self.net.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for name, child in self.net.named_children():
+            if name != "fc" and not recipe.train_norm:  # the head's own norm follows its features as they move
+                freeze_batchnorm(child)
+        if recipe.sync_norm:
+            synchronise_batchnorm(self.net)
+        work_in_place(self.net)
+        if plain_only := save_memory(self.net, recipe.memory):
+            self.reporter.say(f"{listed(plain_only)} cannot recompute its parts and is run twice as a whole")
+
+    def begin(self, epoch: int) -> Loader:
+        """Freeze and thaw what an epoch asks for; the loader of its pictures."""
+        recipe, net = self.recipe, self.net
+        train = training_loader(self.data, recipe, net, epoch, self.world, self.resized)
+        require_statistics(net, recipe, train)
+        until, first = frozen_at(recipe, net.stages, epoch), self.prefix is None
+        if first:
+            self.reporter.say(
+                f"{recipe.epochs} epochs of {train.steps} steps of {train.step_size} pictures, {train.size} px, peak "
+                f"rate {recipe.lr:g}, on {self.machine.device} in {self.precision}; the run is in {self.run}"
             )
-    if log is not None:
-        best = max((row for row in log.rows if "val_accuracy" in row), key=lambda row: float(row["val_accuracy"]))
+        if self.prefix is None or self.prefix.until != until:
+            freeze(net, until)
+            self.frozen, self.outputs = frozen_sums(net), None
+            self.prefix = Prefix(net, until, self.machine, self.precision)
+            self.trained: nn.Module = Behind(net)
+            if self.state.compiled:  # not tried again: noise could decide otherwise, and the bits would be others
+                self.trained = torch.compile(self.trained)  # type: ignore[assignment]
+            self.model = parallel(self.trained, self.world)
+        if self.outputs is None or recipe.start_size:
+            self.outputs = PrefixOutputs.where_possible(net, self.prefix, train, self.reporter)
+            if self.prefix.after and first:
+                kept = "its outputs are kept" if self.outputs else "its outputs are computed each time"
+                self.reporter.say(f"frozen until {until}: {kept}")
+        if self.loader_rate is None and train.steps > LOOK and self.outputs is None:
+            self.loader_rate = loader_rate(train)
+        return train
+
+    def run_epoch(self, train: Loader, epoch: int, stop: list[int]) -> Pace:
+        """The steps of an epoch from where the state stands, and the pace that they went at.
+
+        Raises Interrupted when a process was told to stop, its state saved.
+        """
+        recipe, state, prefix = self.recipe, self.state, cast("Prefix", self.prefix)
+        batches = self.outputs.batches(train, epoch, state.step) if self.outputs else train.epoch(epoch, state.step)
+        pace, taken, row = Pace(), list[Batch](), dict[str, Any]()
+        size, every, whole_run = train.step_size, -(-train.steps // ROWS), recipe.epochs * train.steps * train.step_size
+        self.net.train()
+        for batch in pace.over(batches):
+            inputs, taken = self.forward.inputs(batch, prefix, epoch), [*taken, batch]
+            if recipe.compile and state.compiled is None:
+                self.try_compiling(inputs)
+            last = batch.part == batch.parts - 1
+            with accumulated(self.model, last=last):
+                loss = self.forward.loss(self.model, inputs)
+                state.losses += loss.detach()
+                self.watch.take(state.losses[0])
+                state.scaler.scale(loss / size).backward()  # type: ignore[no-untyped-call]
+            if not last:
+                continue
+            if self.world.any(not self.watch.fine(self.net), "a look at the loss"):
+                raise self.explained(taken, epoch)
+            (lr, norm), taken = move(state, recipe, train.steps), []
+            done, ends = epoch * train.steps + state.step, state.step == train.steps
+            if state.step % every == 0 or ends:
+                row = {
+                    "epoch": epoch + 1,
+                    "step": done,
+                    "loss": state.recent_loss(self.world, size * ((state.step - 1) % every + 1)),
+                    "lr": lr,
+                    "pictures_per_second": pace.rate * self.world.size,
+                    "memory": memory_in_use(self.device),
+                }
+                row |= {} if norm is None else {"gradient_norm": float(norm)}
+                self.note(row)
+            self.reporter.progress("train", done * size, whole_run, row | {"epoch": epoch + 1})
+            if self.loader_rate and pace.batches >= LOOK:
+                self.reporter.say(binding(self.loader_rate * self.world.size, pace.step_rate * self.world.size))
+                self.loader_rate = 0.0
+            stopped = self.world.any(bool(stop))
+            if stopped or ends or (recipe.save_every and state.step % recipe.save_every == 0):
+                self.save(done)
+            if stopped:
+                raise Interrupted(f"stopped in epoch {epoch + 1} after {state.step} of {train.steps} steps")
+        return pace
+
+    def end(self, train: Loader, epoch: int, pace: Pace) -> Tally:
+        """Check, validate and tell; the scores on the validation pictures."""
+        recipe, state, world, reporter = self.recipe, self.state, self.world, self.reporter
+        require_unmoved(self.frozen, self.net)
+        if self.resized is not None and self.resized.full and epoch == 0:
+            reporter.say(f"not every picture is kept resized: {self.resized.full}")
+        val = validation_loader(self.data, recipe, self.net, world)
+        scores = Inference(state.used, self.machine, self.precision).evaluate(val, world)
+        left_out(train, "train", world, reporter)
+        left_out(val, "validation", world, reporter)
+        row = {
+            "epoch": epoch + 1,
+            "loss": state.mean_loss(world, train.steps * train.step_size),
+            "lr": rate(recipe, (epoch + 1) * train.steps - 1, train.steps),
+            "pictures_per_second": pace.rate * world.size,
+            "val_accuracy": scores.accuracy,
+            "val_balanced_accuracy": scores.balanced_accuracy,
+            "val_loss": scores.loss,
+        }
+        self.note(row)
+        if self.log is not None:
+            self.checkpoints.save_best(state.used, self.log.rows)
+            with suppress(MissingExtraError):
+                write_tensorboard(self.log.rows, self.run / "tensorboard")
+        state.begin_epoch(epoch + 1)
+        reporter.say(
+            f"epoch {epoch + 1}/{recipe.epochs}: loss {row['loss']:.3f}, validation {scores.accuracy:.1%} "
+            f"(balanced {scores.balanced_accuracy:.1%}), {row['pictures_per_second']:.1f} pictures/s"
+        )
+        return scores
+
+    def try_compiling(self, inputs: Inputs) -> None:
+        """Train the compiled network from here on where it wins on this batch."""
+        self.trained, trial = try_compiling(
+            self.trained, partial(self.forward.loss, inputs=inputs), self.device, self.world
+        )
+        self.model, self.state.compiled = parallel(self.trained, self.world), trial.wins
+        self.reporter.say(str(trial))
+
+    def explained(self, taken: list[Batch], epoch: int) -> RunError:
+        """Why the step of these batches gave no numbers; they run again for it."""
+        prefix = cast("Prefix", self.prefix)
+        again = (self.forward.loss(Behind(self.net), self.forward.inputs(each, prefix, epoch)) for each in taken)
+        names = [self.data.train.name(index) for each in taken for index in each.indices.tolist()]
+        return not_finite(
+            self.world.gather((*first_not_finite(self.net, again), names)),
+            loss=self.watch.loss(),
+            epoch=epoch + 1,
+            step=self.state.step + 1,
+            lr=self.recipe.lr,
+            checkpoint=next(iter(self.checkpoints.files()), None),
+        )
+
+    def note(self, row: dict[str, Any]) -> None:
+        """Write a row of the log, where this process writes it."""
+        if self.log is not None:
+            self.log.add(row)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint; all processes give their part."""
+        whole = self.state.to_dict(self.world)
+        if self.log is not None:
+            self.checkpoints.save(whole | {"log": self.log.length()}, step=step)
+
+    def name_best(self, scores: Tally) -> None:
+        """Say where the best weights are when the last ones are not the best."""
+        if self.log is None:
+            return
+        best = max((row for row in self.log.rows if "val_accuracy" in row), key=lambda row: float(row["val_accuracy"]))
         if best["val_accuracy"] > scores.accuracy:
-            reporter.say(
-                f"epoch {best['epoch']} validated best, {best['val_accuracy']:.1%}: its weights are in {run / BEST}"
+            self.reporter.say(
+                f"epoch {best['epoch']} validated best, {best['val_accuracy']:.1%}: "
+                f"its weights are in {self.run / BEST}"
             )
-    return state.used, scores
 
 
 def training_loader(
