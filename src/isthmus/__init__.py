@@ -14,6 +14,7 @@ from isthmus.arch.variants import variant, variants
 from isthmus.errors import IsthmusError
 
 if TYPE_CHECKING:
+    from isthmus.deploy.export import export
     from isthmus.nn.block import BasicBlock, BottleneckBlock, PreActBottleneckBlock, projection
     from isthmus.nn.fold import fold
     from isthmus.nn.freeze import freeze
@@ -39,6 +40,7 @@ LAZY = {
     "save_weights": "isthmus.weights.save",
     "Recipe": "isthmus.train.recipe",
     "evaluate": "isthmus.run",
+    "export": "isthmus.deploy.export",
     "fit": "isthmus.run",
     "predict": "isthmus.run",
 }
@@ -61,6 +63,7 @@ __all__ = [
     "cost",
     "create",
     "evaluate",
+    "export",
     "fit",
     "fold",
     "freeze",

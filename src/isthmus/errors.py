@@ -6,12 +6,14 @@ IsthmusError
 ├── WeightsError         a weight file that cannot be read, or does not fit the network
 ├── DataError            pictures, labels or folders that cannot be used
 ├── RecipeError          a training recipe with an unknown or impossible setting
+├── ExportError          an exported file that does not compute what its network does
 ├── RunError             a run folder that is missing, unfinished or cannot be written
 └── MissingExtraError    an optional library is not installed
 """
 
 __all__ = [
     "DataError",
+    "ExportError",
     "IsthmusError",
     "MissingExtraError",
     "RecipeError",
@@ -44,6 +46,10 @@ class DataError(IsthmusError):
 
 class RecipeError(IsthmusError):
     """A training recipe with an unknown or impossible setting."""
+
+
+class ExportError(IsthmusError):
+    """An exported file that does not compute what its network does."""
 
 
 class RunError(IsthmusError):

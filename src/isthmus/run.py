@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from isthmus import records
@@ -17,10 +18,12 @@ from isthmus.arch.plan import Plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec
 from isthmus.atomic import atomic_write
+from isthmus.data.decode import decode
 from isthmus.data.loader import Loader
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import DataSet, list_pictures, open_data, open_pictures
 from isthmus.data.transform import normalise
+from isthmus.deploy.export import Exported, export
 from isthmus.errors import DataError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
@@ -39,9 +42,10 @@ from isthmus.train.reporter import Reporter
 from isthmus.weights.load import create, load, load_weights
 from isthmus.weights.save import save_weights
 
-__all__ = ["Prediction", "Run", "evaluate", "fit", "predict"]
+__all__ = ["Prediction", "Run", "evaluate", "export_run", "fit", "predict"]
 
 FOLDS = 3  # of the cross-validation that chooses a head
+COMPARED = 20  # pictures on which an exported file is compared with its network
 MEASURED_BATCHES = 8  # pictures × batches behind the statistics of a re-inserted batch norm
 MODEL, START = "model.safetensors", "start.safetensors"
 RECIPE, SCORES, ENVIRONMENT = "recipe.toml", "evaluation.json", "environment.json"
@@ -422,6 +426,24 @@ def write_predictions(path: Path, rows: Sequence[Prediction], top: int) -> None:
                 table.writerow([row.path, *(pairs or [""] * len(columns)), row.error])
 
     atomic_write(path, write)
+
+
+def export_run(
+    run: Path | str, out: Path | str, *, preprocessing: bool = False, pictures: Sequence[Path | str] = ()
+) -> Exported:
+    """Export the network of a run, compared on pictures (files and folders), else on the run's validation pictures.
+
+    Raises as `export` does, and DataError for pictures that cannot be read.
+    """
+    net, folder = load(run).eval(), Path(run)
+    if pictures:
+        found: Pictures | None = Pictures.unlabelled(list_pictures(*pictures))
+    else:
+        found = evaluation_pictures(folder, net.classes, "") if (folder / RECIPE).is_file() else None
+    places = np.linspace(0, len(found) - 1, min(COMPARED, len(found))).astype(int) if found else ()
+    channels = net.preprocess.channels
+    pixels = [decode(found.read(place), channels, found.name(place)) for place in places] if found else []
+    return export(net, out, preprocessing=preprocessing, pictures=pixels)
 
 
 def write_text(path: Path, text: str) -> None:

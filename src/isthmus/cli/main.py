@@ -33,6 +33,12 @@ COMMANDS = (
     (app, "predict", "work:predict", "Tell the classes of pictures."),
     (
         app,
+        "export",
+        "export:export",
+        "Write a network for ONNX Runtime, OpenVINO or torch.export, and prove that the file computes the same.",
+    ),
+    (
+        app,
         "shards",
         "shards:shards",
         "Write pictures into tar shards with an index, which train from any disk or address.",

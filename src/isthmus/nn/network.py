@@ -126,9 +126,10 @@ class ResNet(nn.Module):
 
     def pool(self, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A map (N, C, *size) pooled in every way the head asks for, side by side, in `dtype`: (N, pools × C)."""
-        x = x.flatten(2)
+        over = tuple(range(2, x.ndim))
         parts = [
-            x.mean(2, dtype=dtype) if pool == "avg" else x.amax(2).to(dtype or x.dtype) for pool in self.spec.head.pools
+            x.mean(over, dtype=dtype) if pool == "avg" else x.amax(over).to(dtype or x.dtype)
+            for pool in self.spec.head.pools
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -12,7 +12,7 @@ from isthmus.weights import files, layouts
 from isthmus.weights.published.hf_folder import write_folder
 from isthmus.weights.source import SCHEMA
 
-__all__ = ["check_place", "makes_folder", "save_weights"]
+__all__ = ["check_place", "description", "makes_folder", "save_weights"]
 
 
 def save_weights(
@@ -38,7 +38,7 @@ def save_weights(
             f"the network has {net.spec.num_classes} outputs and {len(net.classes)} class names; mend net.classes"
         )
     check_place(path, layout)
-    metadata = {"format": "pt", "isthmus": _description(net, layout, extra or {})}
+    metadata = {"format": "pt", "isthmus": description(net, layout, extra or {})}
     tensors, notes = layouts.from_native(net.state_dict(), layout, net.spec)
     if makes_folder(path, layout):
         write_folder(net, path, tensors, metadata, extra or {})
@@ -67,7 +67,7 @@ def check_place(path: Path, layout: str) -> None:
         raise WeightsError(f"a .h5 file is for Keras' layouts, keras and keras_v2; write {layout} as .safetensors")
 
 
-def _description(net: ResNet, layout: str, extra: Mapping[str, Any]) -> str:
+def description(net: ResNet, layout: str, extra: Mapping[str, Any]) -> str:
     """What the metadata of our files says of a network, as JSON; raises WeightsError for an `extra` that is none."""
     described = {
         "schema": SCHEMA,

@@ -236,6 +236,15 @@ def _recorded(source: Source, record: catalog.Record | None) -> Source:
 def _onnx(path: Path, record: catalog.Record | None) -> Source:
     graph = read_onnx(path)
     source = Source(name=str(path), tensors=graph.tensors, layout="onnx", spec=graph.spec, notes=graph.notes, path=path)
+    if "isthmus" in graph.metadata:
+        said = _ours(source, graph.metadata["isthmus"])
+        return replace(
+            source,
+            spec=replace(graph.spec, name=said.spec.name if said.spec else ""),
+            preprocess=said.preprocess,
+            classes=said.classes,
+            extra=said.extra,
+        )
     if record is None:
         note = "its preprocessing is not in the file: set net.preprocess"
         return replace(source, notes=(*graph.notes, note))

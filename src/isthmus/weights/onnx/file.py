@@ -69,6 +69,7 @@ class Graph:
     input: str
     shape: tuple[int | str, ...]
     outputs: tuple[str, ...]
+    metadata: dict[str, str]
 
 
 def read_graph(path: Path) -> Graph:
@@ -84,7 +85,7 @@ def read_graph(path: Path) -> Graph:
         model.ParseFromString(path.read_bytes())
         if not model.graph.node:
             raise WeightsError(f"{path} is truncated, damaged or no ONNX file (it has no nodes)")
-        return _Reader(path).graph(model.graph)
+        return _Reader(path).graph(model.graph, {each.key: each.value for each in model.metadata_props})
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror} ({error.filename}); check the path") from error
     except (DecodeError, UnicodeDecodeError) as error:
@@ -127,7 +128,7 @@ class _Reader:
     def fail(self, reason: str) -> NoReturn:
         raise WeightsError(f"{self.path} {reason}")
 
-    def graph(self, graph: Any) -> Graph:
+    def graph(self, graph: Any, metadata: dict[str, str]) -> Graph:
         count = max(map(len, (graph.node, graph.initializer, graph.input, graph.output)))
         if count > MOST_ITEMS:
             self.fail(
@@ -152,6 +153,7 @@ class _Reader:
             input=pictures[0].name,
             shape=shapes[0],
             outputs=tuple(value.name for value in graph.output),
+            metadata=metadata,
         )
 
     def shape(self, value: Any) -> tuple[int | str, ...]:

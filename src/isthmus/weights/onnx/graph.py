@@ -40,7 +40,8 @@ class OnnxNetwork:
     """A network read from an ONNX graph: its tensors under our names, and notes on what the graph does otherwise.
 
     `shape` is the picture's as the graph wants it, with a word where any size goes; `channels_last` that it comes as
-    (N, H, W, C), and `ending` what the graph does to the logits: nothing (""), softmax, logsoftmax or sigmoid.
+    (N, H, W, C), and `ending` what the graph does to the logits: nothing (""), softmax, logsoftmax or sigmoid;
+    `metadata` is what exporters noted beside the graph.
     """
 
     spec: NetSpec
@@ -49,12 +50,14 @@ class OnnxNetwork:
     shape: tuple[int | str, ...]
     channels_last: bool
     ending: str
+    metadata: dict[str, str]
 
 
 def read_onnx(path: Path | str) -> OnnxNetwork:
     """The residual network in an ONNX file; raises WeightsError naming the node that cannot be expressed."""
     path = Path(path)
-    normal = normal_form(read_graph(path))
+    graph = read_graph(path)
+    normal = normal_form(graph)
     found = parts(normal.end)
     if not found.blocks:
         raise WeightsError(f"{path} holds no residual network: no two ways in its graph are added")
@@ -72,6 +75,7 @@ def read_onnx(path: Path | str) -> OnnxNetwork:
         shape=normal.shape,
         channels_last=normal.channels_last,
         ending=normal.end.kind if normal.end.kind in ENDINGS else "",
+        metadata=graph.metadata,
     )
 
 

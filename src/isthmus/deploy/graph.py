@@ -1,0 +1,74 @@
+"""What an exported file computes: a folded network, and in front of it, at wish, the way from pixels to its input."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isthmus.arch.preprocess import Preprocess
+from isthmus.data.augment import views
+from isthmus.errors import SpecError
+from isthmus.nn.fold import fold
+from isthmus.nn.network import ResNet
+
+__all__ = ["FromPictures", "FromPixels", "ready"]
+
+
+def ready(net: ResNet) -> ResNet:
+    """A copy in fp32 on the CPU, folded where it can be, for evaluation; raises SpecError for one in training mode."""
+    if net.training:
+        raise SpecError(
+            "the network is in training mode, and would run other batch norms than it was measured with: "
+            "call net.eval() first"
+        )
+    try:
+        form = fold(net)
+    except SpecError:  # pre-activation, group norm, a caller's own blocks: what they keep runs as it is
+        form = copy.deepcopy(net)
+    return form.cpu().float().eval().requires_grad_(requires_grad=False)
+
+
+class FromPixels(nn.Module):
+    """Pictures as decoders give them to a network's input, as Pillow resizes: uint8 (N, H, W, C) to (N, C, crop, crop).
+
+    In 8 bits after each direction, like Pillow, whose result is missed by one level in a value of a hundred.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, record: Preprocess) -> None:
+        super().__init__()
+        self.record = record
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(getattr(record, name)).mul(255)[:, None, None])
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Normalised images; all sizes stay open in a graph."""
+        record, x = self.record, pictures.permute(0, 3, 1, 2).float().contiguous()
+        height, width = x.shape[2:]
+        shorter: Any = torch.sym_min(height, width)
+        size = [record.resize if record.squash else record.resize * side // shorter for side in (height, width)]
+        for then in ((height, size[1]), size):
+            x = F.interpolate(x, size=then, mode=record.interpolation, antialias=True).round().clamp(0, 255)
+        # Half of what is over, and of a half the even neighbour: round(), for graphs.
+        top, left = (over // 2 + over % 4 // 3 for over in (side - record.crop for side in size))
+        x = x[:, :, top : top + record.crop, left : left + record.crop]
+        x = x.flip(1) if record.channels == "BGR" else x
+        return (x - self.mean) / self.std
+
+
+class FromPictures(nn.Module):
+    """Pictures (N, H, W, C) to logits (N, classes), the mean over the views that the network's preprocessing names."""
+
+    def __init__(self, net: ResNet) -> None:
+        super().__init__()
+        self.pixels, self.net, self.names = FromPixels(net.preprocess), net, net.preprocess.views
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Logits (N, classes)."""
+        seen = views(self.pixels(pictures), self.names)
+        total: Tensor = sum(self.net(view) for view in seen)
+        return total / len(seen)
