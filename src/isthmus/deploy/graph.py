@@ -47,15 +47,16 @@ class FromPixels(nn.Module):
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Normalised images; all sizes stay open in a graph."""
-        record, x = self.record, pictures.permute(0, 3, 1, 2).float().contiguous()
+        record, x = self.record, pictures.permute(0, 3, 1, 2).float()
         height, width = x.shape[2:]
         shorter: Any = torch.sym_min(height, width)
         size = [record.resize if record.squash else record.resize * side // shorter for side in (height, width)]
         for then in ((height, size[1]), size):
             x = F.interpolate(x, size=then, mode=record.interpolation, antialias=True).round().clamp(0, 255)
         # Half of what is over, and of a half the even neighbour: round(), for graphs.
-        top, left = (over // 2 + over % 4 // 3 for over in (side - record.crop for side in size))
-        x = x[:, :, top : top + record.crop, left : left + record.crop]
+        # By index: a slice is traced as all or as a part, and the graph would take either square pictures or others.
+        for axis, over in enumerate((side - record.crop for side in size), 2):
+            x = x.index_select(axis, torch.arange(record.crop) + (over // 2 + over % 4 // 3))
         x = x.flip(1) if record.channels == "BGR" else x
         return (x - self.mean) / self.std
 
