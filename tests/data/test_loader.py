@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from isthmus.arch.preprocess import Preprocess
+from isthmus.data import loader as module
 from isthmus.data.augment import Augment, augmented
 from isthmus.data.decode import decode
 from isthmus.data.loader import Batch, Loader
@@ -266,15 +267,58 @@ def test_torch_splits_no_work_of_the_decoding_threads(pictures, monkeypatch):
         torch.set_num_threads(1)
 
 
-def test_look_ahead_is_bounded(pictures, monkeypatch):
-    many = pictures.subset([0] * 400)
-    started: list[int] = []
-    fill = Loader._fill
-    monkeypatch.setattr(Loader, "_fill", lambda self, *rest: (started.append(1), fill(self, *rest))[1])
-    batches = evaluating(many, threads=2).epoch(0)
+@pytest.mark.parametrize(("batch_size", "threads", "ahead"), [(4, 2, 12), (1, 4, 9)])
+def test_look_ahead_is_bounded(pictures, monkeypatch, batch_size, threads, ahead):
+    """Three parts, or as many more as give every thread two pictures beside the one that is taken."""
+    handed: list[int] = []
+
+    class Counting(ThreadPoolExecutor):
+        def submit(self, call, rows, *rest):
+            handed.append(len(rows))
+            return super().submit(call, rows, *rest)
+
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Counting)
+    batches = evaluating(pictures.subset([0] * 400), batch_size=batch_size, threads=threads).epoch(0)
+    next(batches)
+    assert sum(handed) == ahead
+    next(batches)
+    assert sum(handed) == ahead + batch_size
+
+
+@pytest.fixture
+def begun(monkeypatch) -> list[int]:
+    """The places that were begun; each picture from place 8 on is held back until the threads are told to end."""
+    places: list[int] = []
+    ending, fill = threading.Event(), Loader._fill_one
+
+    def fill_slowly(self, row, order, place, *rest):
+        places.append(place)
+        if place >= 8:
+            ending.wait(5)
+        return fill(self, row, order, place, *rest)
+
+    class Told(ThreadPoolExecutor):
+        def shutdown(self, **options):
+            ending.set()
+            super().shutdown(**options)
+
+    monkeypatch.setattr(Loader, "_fill_one", fill_slowly)
+    monkeypatch.setattr(module, "ThreadPoolExecutor", Told)
+    return places
+
+
+def test_closing_waits_for_pictures_and_not_for_shares(pictures, begun):
+    batches = evaluating(pictures, batch_size=8).epoch(0)
     next(batches)
     batches.close()
-    assert len(started) <= 3 * 4
+    assert len(begun) <= 8 + 2  # one in each thread
+
+
+def test_an_error_waits_for_pictures_and_not_for_shares(pictures, begun):
+    Path(pictures.name(1)).write_bytes(b"")
+    with pytest.raises(DataError, match="is empty"):
+        list(evaluating(pictures, batch_size=23).epoch(0))
+    assert set(begun) <= {0, 2, 4, 6, 8, 1}  # of the other thread's share no more than the first that is held back
 
 
 def test_an_abandoned_epoch_does_not_hang_the_interpreter(pictures, tmp_path: Path):

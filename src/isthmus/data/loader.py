@@ -2,9 +2,9 @@
 
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
-from threading import Thread
+from threading import Event, Thread
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -163,8 +163,8 @@ class Loader:
         if self.resized is not None:
             self.resized.refresh()
         threads = self.threads or cores()
-        pending: deque[tuple[Part, Pixels, list[Future[list[_Filled]]]]] = deque()
-        waiting = 0
+        pending: deque[tuple[Part, Pixels, dict[Future[list[_Filled]], slice]]] = deque()
+        waiting, stop = 0, Event()
         pool = ThreadPoolExecutor(threads, "isthmus-decode", _use_one_core, (torch.get_num_threads(),))
         try:
             self.pictures.expect(indices[start * self.step_size :][:WINDOW])
@@ -176,9 +176,10 @@ class Loader:
                     # A share for each thread: handing over every picture by itself costs a tenth of the rate.
                     count = min(threads, len(places))
                     shares = [slice(first, None, count) for first in range(count)]
-                    filled = [
-                        pool.submit(self._fill, pixels[share], order, places[share], record, epoch) for share in shares
-                    ]
+                    filled = {
+                        pool.submit(self._fill, pixels[share], order, places[share], record, epoch, stop): share
+                        for share in shares
+                    }
                     pending.append((part, pixels, filled))
                     waiting += len(places)
                     # Two parts ahead, and more of the small ones, so that no thread goes hungry.
@@ -188,12 +189,16 @@ class Loader:
             while pending:
                 yield from self._finish(*pending.popleft(), labels)
         finally:
+            stop.set()  # before the ends of shares that nobody will take
             pool.shutdown(cancel_futures=True)
         if len(self.unreadable) == len(indices):
             raise self._nothing()
 
-    def _fill(self, rows: Pixels, order: _Order, places: range, record: Preprocess, epoch: int) -> list[_Filled]:
-        return [self._fill_one(row, order, place, record, epoch) for row, place in zip(rows, places, strict=True)]
+    def _fill(
+        self, rows: Pixels, order: _Order, places: range, record: Preprocess, epoch: int, stop: Event
+    ) -> list[_Filled]:
+        pairs = zip(rows, places, strict=True)
+        return [self._fill_one(row, order, place, record, epoch) for row, place in pairs if not stop.is_set()]
 
     def _fill_one(self, row: Pixels, order: _Order, place: int, record: Preprocess, epoch: int) -> _Filled:
         count, reasons = len(order.indices), dict[int, str]()
@@ -223,11 +228,11 @@ class Loader:
         return decode(self.pictures.read(index), self.record.channels, self.pictures.name(index))
 
     def _finish(
-        self, part: Part, pixels: Pixels, shares: list[Future[list[_Filled]]], labels: Tensor
+        self, part: Part, pixels: Pixels, shares: dict[Future[list[_Filled]], slice], labels: Tensor
     ) -> Iterator[Batch]:
         found = [_Filled(None, {})] * len(pixels)
-        for first, share in enumerate(shares):
-            found[first :: len(shares)] = share.result()
+        for share in as_completed(shares):  # an error does not wait for the others
+            found[shares[share]] = share.result()
         for each in found:
             self.unreadable.update(each.reasons)
         kept = [place for place, each in enumerate(found) if each.picture is not None]
