@@ -66,8 +66,8 @@ def test_order_of_pictures_is_irrelevant(read, data, cache):
     found = read()
     again = read(pictures=data.train.subset(order))
     assert torch.equal(again, found[:, order])
-    assert len(list(cache_folder("features").iterdir())) == 1
-    for path in cache_folder("features").iterdir():
+    assert len(list(cache_folder("features").glob("*.rows"))) == 1
+    for path in cache_folder("features").glob("*.rows"):
         path.unlink()
     assert torch.equal(read(pictures=data.train.subset(order)), found[:, order])
 
@@ -97,7 +97,7 @@ def test_an_interrupted_extraction_goes_on(read, counted, data, monkeypatch):
     found = read(reporter=recorder)
     assert sum(counted) == 2 * (len(data.train) - 12)
     assert recorder.steps[-1] == ("features in 2 views", len(data.train), len(data.train))
-    for path in cache_folder("features").iterdir():
+    for path in cache_folder("features").glob("*.rows"):
         path.unlink()
     assert torch.equal(read(), found)
 
@@ -121,7 +121,7 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_ignored(read, counted, data, damage):
     found = read()
-    (path,) = cache_folder("features").iterdir()
+    (path,) = cache_folder("features").glob("*.rows")
     damage_it, lost = DAMAGE[damage]
     damage_it(path)
     counted.clear()

@@ -6,16 +6,18 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 import isthmus
 from isthmus.arch.plan import plan
 from isthmus.arch.spec import HeadSpec
 from isthmus.arch.variants import variant
-from isthmus.cache import cache_folder
+from isthmus.cache import cache_folder, make_room
 from isthmus.data.augment import Augment
 from isthmus.data.loader import Loader
 from isthmus.data.transform import normalise
@@ -23,6 +25,7 @@ from isthmus.errors import RunError
 from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
 from isthmus.nn.network import ResNet
 from isthmus.train import outputs as module
+from isthmus.train import rows as rows_module
 from isthmus.train.features import with_head
 from isthmus.train.outputs import PrefixOutputs, turned, turns_of
 from isthmus.train.prefix import Prefix, frozen_at
@@ -219,7 +222,7 @@ def test_the_same_bits_wherever_they_come_from(data, net, here, monkeypatch, roo
     first = outputs(data, net, here, precision=precision)
     wanted = taken(first, made)
     width, recorder = first.rows.width, Recorder()
-    for path in cache_folder("features").iterdir():
+    for path in cache_folder("features").glob("*.rows"):
         path.unlink()
     monkeypatch.setenv("ISTHMUS_CACHE_GB", str({"none": 0, "a part": (4096 + 20.5 * width) / 1e9, "all": 1}[room]))
     source = outputs(data, net, here, reporter=recorder, precision=precision)
@@ -259,16 +262,99 @@ def test_a_file_that_is_evicted_goes_on_for_those_who_have_it(tmp_path, cache):
     assert rows.read(np.array([1])).tolist() == [[1] * 7]
 
 
+def kept(rows: Rows, count: int = 10) -> list[bool]:
+    return Rows(rows.path, count, rows.width, "rows", Reporter()).have(np.arange(count)).tolist()
+
+
+def gigabytes(count: int, width: int, more: int = 0) -> str:
+    """Room for so many rows, and `more` bytes."""
+    return str((4096 + count * width + more) / 1e9)
+
+
 def test_what_was_used_longest_ago_goes_first(tmp_path, cache, monkeypatch):
     folder = tmp_path / "cache" / "features"
-    old, used, new, fourth = (folder / f"{number:032x}.rows" for number in range(4))
-    for number, path in enumerate((old, used, new)):
+    used, old, new, fourth = (folder / f"{number:032x}.rows" for number in range(4))
+    for number, path in enumerate((used, old, new)):
         Rows(path, 10, 1000, "rows", Reporter())
         os.utime(path, (number, number))
     monkeypatch.setenv("ISTHMUS_CACHE_GB", str(45_000 / 1e9))
     Rows(used, 10, 1000, "rows", Reporter())
     Rows(fourth, 10, 1000, "rows", Reporter())
-    assert set(folder.iterdir()) == {used, new, fourth}
+    assert set(folder.glob("*.rows")) == {used, new, fourth}
+
+
+def test_a_file_that_grows_is_not_what_goes(tmp_path, cache, monkeypatch):
+    """Though it was used longer ago than the other, when there is room for one of them alone."""
+    folder = tmp_path / "cache" / "features"
+    mine, other = (folder / f"{number:032x}.rows" for number in range(2))
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", gigabytes(50, 5000))
+    rows = Rows(mine, 100, 5000, "rows", Reporter())
+    rows.write(3, np.ones(5000, np.uint8))
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", "1")
+    Rows(other, 10, 40_000, "rows", Reporter())
+    os.utime(mine, (1, 1))
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", gigabytes(100, 5000, 5000))
+    assert sum(kept(rows, 100)) == 1
+    assert mine.stat().st_size == 4096 + 100 * 5000
+    assert not other.exists()
+
+
+@pytest.mark.parametrize("room", [0, 1, 4], ids="room for {} rows".format)
+def test_what_is_kept_counts_under_a_smaller_budget(tmp_path, cache, monkeypatch, room):
+    rows = Rows(tmp_path / "cache" / "features" / f"{0:032x}.rows", 10, 1000, "rows", Reporter())
+    for row in range(10):
+        rows.write(row, np.full(1000, row, np.uint8))
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", gigabytes(room, 1000, -1))
+    recorder = Recorder()
+    again = Rows(rows.path, 10, 1000, "rows", recorder)
+    assert again.have(np.arange(10)).all()
+    assert (again.read(np.arange(10)) == np.arange(10)[:, None]).all()
+    assert not recorder.lines
+    assert list(rows.path.parent.glob("*.rows")) == [rows.path]
+
+
+def test_no_room_makes_no_file(tmp_path, cache, monkeypatch):
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", "0")
+    rows = Rows(tmp_path / "cache" / "features" / f"{0:032x}.rows", 10, 1000, "rows", Reporter())
+    rows.write(0, np.ones(1000, np.uint8))
+    assert not rows.have(np.arange(10)).any()
+    assert not rows.path.exists()
+
+
+def test_a_row_of_another_width_is_refused(tmp_path, cache):
+    rows = Rows(tmp_path / "cache" / "features" / "key.rows", 10, 8, "rows", Reporter())
+    for width in (7, 9, 16):
+        with pytest.raises(ValueError, match=f"a row of {width} bytes among rows of 8"):
+            rows.write(0, np.ones(width, np.uint8))
+    assert not any(kept(rows))
+
+
+def test_a_process_with_less_room_does_not_shrink_the_file(tmp_path, cache, monkeypatch):
+    """Another, with room for all rows, comes between this one's look at the file and its growing, and is kept out."""
+    path = tmp_path / "cache" / "features" / f"{0:032x}.rows"
+    values, recorder, others = np.ones(5000, np.uint8), Recorder(), []
+
+    def other():
+        with monkeypatch.context() as patch:
+            patch.setenv("ISTHMUS_CACHE_GB", gigabytes(100, 5000))
+            others.append(Rows(path, 100, 5000, "rows", recorder))
+        others[-1].write(90, values)
+        return others[-1].have(np.array([90])).tolist()
+
+    def meanwhile(size):
+        monkeypatch.setattr(rows_module, "make_room", make_room)
+        other()
+        return make_room(size)
+
+    monkeypatch.setattr(rows_module, "make_room", meanwhile)
+    monkeypatch.setattr(rows_module, "FileLock", partial(FileLock, timeout=0), raising=False)  # it would wait for ever
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", gigabytes(50, 5000))
+    rows = Rows(path, 100, 5000, "rows", Reporter())
+    assert path.stat().st_size == 4096 + 50 * 5000
+    assert others[0].held == 0
+    assert "not kept" in recorder.lines[0]
+    assert other() == [True]
+    assert kept(rows, 100)[90]
 
 
 FULL = """

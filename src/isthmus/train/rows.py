@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from isthmus.cache import budget, make_room
@@ -31,8 +32,7 @@ class Rows:
         self.held = min(count, max(0, (budget() - self.start) // width))  # rows from here on have no place in the file
         self.known = np.zeros(count, bool)  # read and found whole, or written by this process
         try:
-            if self.held:
-                self._open(count)
+            self._open(count)
         except OSError as error:
             self._give_up(error)
         else:
@@ -45,15 +45,17 @@ class Rows:
     def _open(self, count: int) -> None:
         found = self.path.stat().st_size if self.path.is_file() else 0
         self.held = max(self.held, min(count, (found - self.start) // self.width))
+        if not self.held:
+            return
         size = self.start + self.held * self.width
-        if found < size:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            make_room(size - found)
-            with self.path.open("ab") as file:  # the rows that are there stay, and so do those of another process
-                file.truncate(size)
-        self.file = self.path.open("r+b", buffering=0)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(".lock")):  # or another process shrinks it again, or removes it meanwhile
+            self.path.touch()  # used just now, so others go first when room is made
+            if (found := self.path.stat().st_size) < size:
+                make_room(size - found)
+                os.truncate(self.path, size)
+            self.file = self.path.open("r+b", buffering=0)
         weakref.finalize(self, self.file.close)
-        os.utime(self.path)  # used just now, so others go first when room is made
         self.sums = np.memmap(self.file, np.uint32, "r", shape=(count,))
         self.rows = np.memmap(self.file, np.uint8, "r", offset=self.start, shape=(self.held, self.width))
 
@@ -77,7 +79,12 @@ class Rows:
         return found
 
     def write(self, row: int, values: NDArray[np.uint8]) -> None:
-        """Keep a row (width,); one that has no place is left out, and a disk that will not take it is reported once."""
+        """Keep a row (width,); one that has no place is left out, and a disk that will not take it is reported once.
+
+        Raises ValueError for a row of another width, which would run into the next.
+        """
+        if len(values) != self.width:
+            raise ValueError(f"a row of {len(values)} bytes among rows of {self.width}")
         if row >= self.held:
             return
         try:
