@@ -24,6 +24,7 @@ NAMES = [
     "cost",
     "create",
     "evaluate",
+    "export",
     "fit",
     "fold",
     "freeze",

@@ -103,7 +103,7 @@ def fit_in(
     check_folder(folder, recipe, resume=resume)
     data = data or open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     net = starting_network(recipe, data.classes)
-    precision: Precision = here.precision if recipe.precision == "auto" else recipe.precision
+    precision = recipe.precision_on(here)
     begins = not (resume and (folder / START).exists())
     world.barrier("the start")  # what one process makes would be there already to another
     if world.main:

@@ -13,7 +13,7 @@ from isthmus.errors import RecipeError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Machine", "Precision", "cores", "keep_freed_memory", "machine", "versions"]
+__all__ = ["Machine", "Precision", "cores", "keep_freed_memory", "machine", "torch_dtype", "versions"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
 LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "onnx", "onnxruntime", "timm")
@@ -41,8 +41,14 @@ class Machine:
         import torch
 
         chosen = precision or self.precision
-        dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
-        return torch.autocast(self.torch_device.type, dtype=dtype, enabled=chosen != "fp32")
+        return torch.autocast(self.torch_device.type, dtype=torch_dtype(chosen), enabled=chosen != "fp32")
+
+
+def torch_dtype(precision: Precision) -> "torch.dtype":
+    """A precision as torch names it."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 @cache

@@ -253,6 +253,29 @@ def test_averages_cover_parameters_and_statistics(train):
     assert (found.preprocess, found.spec) == (net.preprocess, net.spec)
 
 
+@pytest.mark.parametrize("memory", ["plain", "checkpoint", "recompute"])
+def test_a_run_works_in_place_and_in_its_memory_mode(train, memory):
+    """While it trains; the network that it gives back is as networks are."""
+    net, seen = fresh(), set()
+
+    class Looks(Reporter):
+        def progress(self, *_others):
+            block = net.get_submodule("layer1.0")
+            seen.add((block.act1.inplace, block.in_place, net.memory))
+
+    _, found = train(recipe=replace(RECIPE, memory=memory, epochs=1), net=net, reporter=Looks())
+    assert seen == {(True, True, memory)}
+    for each in (net, found):
+        block = each.get_submodule("layer1.0")
+        assert (block.act1.inplace, block.in_place, each.memory) == (False, False, "plain")
+
+
+def test_fewer_epochs_than_were_trained_are_refused(train):
+    train(recipe=replace(RECIPE, epochs=3))
+    with pytest.raises(RunError, match="has trained 2 epochs, and the recipe asks for 1 only"):
+        train(recipe=replace(RECIPE, epochs=1), resume=True)
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_steps_are_those_of_a_plain_loop(train, data, here, optimizer):
     """Written a second time, by names and formulas: augmentation, loss, decay, rates and schedule all count."""

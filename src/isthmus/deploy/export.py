@@ -92,10 +92,15 @@ def export(net: ResNet, path: Path | str, *, preprocessing: bool = False, pictur
     return Exported(path=path, title=kind.title, bytes=size, compared=tuple(compared))
 
 
+def input_size(net: ResNet) -> tuple[int, ...]:
+    """What a network is usually given."""
+    return (net.preprocess.crop,) * 2 if net.spec.dims == 2 else net.plan.image_size
+
+
 def program_of_images(form: ResNet) -> Program:
     """From normalised images to logits."""
     names = AXES[form.spec.dims]
-    sides = [side + MORE * place for place, side in enumerate(form.plan.image_size)]  # unlike, so that none is tied
+    sides = [side + MORE * place for place, side in enumerate(input_size(form))]  # unlike, so that none is tied
     example = torch.zeros(2, form.spec.in_channels, *sides)
     axes = {0: "batch", **dict(enumerate(names, 2))}
     return traced(form, example, "images", axes, form)
@@ -140,7 +145,7 @@ def written(kind: Format, path: Path, program: Program) -> Run:
 def compare_images(run: Run, reference: ResNet, pictures: Sequence[Pixels]) -> Iterator[Compared]:
     """Logits in every size of batch and picture."""
     for more in (0, MORE):
-        sides = tuple(side + more for side in reference.plan.image_size)
+        sides = tuple(side + more for side in input_size(reference))
         images = network_input(reference, sides, pictures)
         for count in BATCHES:
             yield Compared(

@@ -12,11 +12,9 @@ from isthmus.data.transform import normalise
 from isthmus.evaluation.metrics import Ranks, Tally
 from isthmus.nn.fuse import fast_form
 from isthmus.nn.network import ResNet
-from isthmus.runtime import Machine, Precision
+from isthmus.runtime import Machine, Precision, torch_dtype
 
 __all__ = ["Inference"]
-
-DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Inference:
@@ -28,7 +26,7 @@ class Inference:
     def __init__(self, net: ResNet, machine: Machine, precision: Precision | None = None) -> None:
         self.machine, self.record = machine, net.preprocess
         self.precision: Precision = precision or machine.precision
-        self.dtype = DTYPE[self.precision]
+        self.dtype = torch_dtype(self.precision)
         self.head: nn.Module = copy.deepcopy(net.fc).eval().to(machine.torch_device)
         self.trunk = fast_form(net, net.spec.head.taps, machine.torch_device, self.dtype)
 

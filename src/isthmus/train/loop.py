@@ -22,7 +22,7 @@ from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
 from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
 from isthmus.nn.memory import save_memory, work_in_place
 from isthmus.nn.network import ResNet
-from isthmus.runtime import Machine, Precision
+from isthmus.runtime import Machine
 from isthmus.train.checkpoint import BEST, Checkpoints
 from isthmus.train.compiled import try_compiling
 from isthmus.train.distributed import World, accumulated, parallel
@@ -68,12 +68,17 @@ def train_network(
     """
     world, scores = world or World(), Tally(data.classes)
     training = Training(net, data, recipe, machine, run, reporter, world, resume=resume)
+    if training.state.epoch >= recipe.epochs:
+        raise RunError(f"{run} has trained {training.state.epoch} epochs, and the recipe asks for {recipe.epochs} only")
     with stop_signals(reporter) as stop, memory_explained(net, recipe, machine, training.precision, world.size):
         for epoch in range(training.state.epoch, recipe.epochs):
             train = training.begin(epoch)
             pace = training.run_epoch(train, epoch, stop)
             scores = training.end(train, epoch, pace)
     training.name_best(scores)
+    for each in (net, training.state.used):  # as a caller expects them: hooks and second derivatives work
+        work_in_place(each, on=False)
+        save_memory(each, "plain")
     return training.state.used, scores
 
 
@@ -94,7 +99,7 @@ class Training:
     ) -> None:
         self.net, self.data, self.recipe, self.machine = net, data, recipe, machine
         self.run, self.reporter, self.world, self.device = run, reporter, world, machine.torch_device
-        self.precision: Precision = machine.precision if recipe.precision == "auto" else recipe.precision
+        self.precision = recipe.precision_on(machine)
         self.make_ready()
         self.forward = Forward.of(net, data, recipe, machine, self.precision)
         self.state = RunState.start(net, recipe, self.device, scaled=self.precision == "fp16")
@@ -108,6 +113,7 @@ class Training:
         self.resized = Resized(data.train, recipe.resized, net.preprocess, rank=world.rank) if recipe.resized else None
         self.prefix: Prefix | None = None
         self.outputs: PrefixOutputs | None = None
+        self.size = 0  # of the pictures that the outputs are of
         self.loader_rate: float | None = None  # of this process, 0 once it was told
 
     def make_ready(self) -> None:
@@ -143,7 +149,8 @@ class Training:
             if self.state.compiled:  # not tried again: noise could decide otherwise, and the bits would be others
                 self.trained = torch.compile(self.trained)  # type: ignore[assignment]
             self.model = parallel(self.trained, self.world)
-        if self.outputs is None or recipe.start_size:
+        if self.outputs is None or train.size != self.size:
+            self.size = train.size
             self.outputs = PrefixOutputs.where_possible(net, self.prefix, train, self.reporter)
             if self.prefix.after and first:
                 kept = "its outputs are kept" if self.outputs else "its outputs are computed each time"
@@ -227,7 +234,8 @@ class Training:
         state.begin_epoch(epoch + 1)
         reporter.say(
             f"epoch {epoch + 1}/{recipe.epochs}: loss {row['loss']:.3f}, validation {scores.accuracy:.1%} "
-            f"(balanced {scores.balanced_accuracy:.1%}), {row['pictures_per_second']:.1f} pictures/s"
+            f"(balanced {scores.balanced_accuracy:.1%})"
+            + (f", {row['pictures_per_second']:.1f} pictures/s" if pace.seen else "")
         )
         return scores
 

@@ -10,12 +10,10 @@ from isthmus.arch.plan import out_size, plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.nn.fuse import fast_form
 from isthmus.nn.network import ResNet
-from isthmus.runtime import Machine, Precision
+from isthmus.runtime import Machine, Precision, torch_dtype
 from isthmus.train.recipe import Recipe
 
 __all__ = ["Given", "Prefix", "frozen_at"]
-
-DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16}  # fp32 stands for the network's own
 
 
 def frozen_at(recipe: Recipe, stages: Sequence[str], epoch: int) -> str:
@@ -58,7 +56,8 @@ class Prefix:
         self.taps = tuple(tap for tap in taps if tap in inside or (tap == "last" and whole))
         self.after = "" if until == "none" else inside[-1]
         self.needs_map = len(self.taps) < len(taps)
-        self.dtype = DTYPE.get(precision, next(net.parameters()).dtype)
+        # fp32 stands for the network's own, which may be wider.
+        self.dtype = next(net.parameters()).dtype if precision == "fp32" else torch_dtype(precision)
         self.form: ResNet | None = None
         if self.after:
             self.form = fast_form(net, self.names, self.device, self.dtype)

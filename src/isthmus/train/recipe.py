@@ -10,6 +10,7 @@ from isthmus.arch.preprocess import View
 from isthmus.data.augment import Augment
 from isthmus.errors import RecipeError
 from isthmus.records import FROM_0, FROM_1, Range
+from isthmus.runtime import Machine, Precision
 
 __all__ = ["Recipe", "gradient_only", "override"]
 
@@ -116,6 +117,10 @@ class Recipe:
             if found:
                 raise RecipeError(message)
         records.check_ranges(self, RANGES, RecipeError)
+
+    def precision_on(self, machine: Machine) -> Precision:
+        """What convolutions run in: the machine's best unless the recipe says."""
+        return machine.precision if self.precision == "auto" else self.precision
 
     def to_toml(self) -> str:
         """The recipe as a TOML document, every setting spelled out."""
