@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +21,7 @@ from isthmus.arch.variants import variant
 from isthmus.cache import cache_folder, make_room
 from isthmus.data.augment import Augment
 from isthmus.data.loader import Loader
+from isthmus.data.order import sample_generator
 from isthmus.data.transform import normalise
 from isthmus.errors import RunError
 from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
@@ -231,6 +233,44 @@ def test_the_same_bits_wherever_they_come_from(data, net, here, monkeypatch, roo
     assert [line.split("room for ")[1].split(" ")[0] for line in recorder.lines] == {
         "none": ["0%"], "a part": ["25%"], "all": []
     }[room]  # fmt: skip
+
+
+@pytest.mark.parametrize("ahead", [1, 12, 4096])
+@pytest.mark.parametrize(("repeats", "options"), [(1, {}), (1, {"balanced": True}), (3, {})], ids=str)
+def test_without_room_few_rows_wait_in_memory(data, net, here, monkeypatch, repeats, options, ahead):
+    """Though some come again, when what came with them the first time is gone."""
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", "0")
+    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(module, "AHEAD", ahead)
+    augment = Augment(crop_scale=(), hflip=False, repeats=repeats)
+    made, run = [], PrefixOutputs._run
+
+    def noted(self, images):
+        values = run(self, images)
+        made.append(weakref.ref(values))
+        return values
+
+    monkeypatch.setattr(PrefixOutputs, "_run", noted)
+    batches = loader(data, net, augment, batch_size=2, **options)
+    found, alive = [], []
+    for batch in outputs(data, net, here, augment).batches(batches, 0):
+        found.append(batch.given.images)
+        alive.append(sum(values() is not None for values in made))
+    assert max(alive) <= 2
+    assert len(made) >= 4
+    monkeypatch.setenv("ISTHMUS_CACHE_GB", "1")
+    again = outputs(data, net, here, augment).batches(batches, 0)
+    assert equal(found, [batch.given.images for batch in again])
+
+
+def test_a_first_batch_does_not_look_for_all_rows(data, net, here, monkeypatch):
+    list(outputs(data, net, here).all())
+    monkeypatch.setattr(module, "AHEAD", 6)
+    source, looked = outputs(data, net, here), []
+    monkeypatch.setattr(module, "sample_generator", lambda *args: looked.append(args) or sample_generator(*args))
+    next(source.batches(loader(data, net), 0))
+    assert len(looked) == source.rows.known.sum() == 6
+    assert max(len(rows) for rows, _ in source.all()) == 6
 
 
 def test_a_prefix_that_pools_everything_keeps_no_maps(data, here):

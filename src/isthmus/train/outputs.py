@@ -33,6 +33,9 @@ CHUNK = 32
 """Pictures that go through the prefix at once: always so many, because the last bits of some kernels' results depend
 on the number, though never on the other pictures or on the place among them."""
 
+AHEAD = 4096
+"""Rows that are looked for at once: a first batch does not wait for the whole of a large set."""
+
 TURNS = [(mirrored, quarters) for mirrored in (False, True) for quarters in range(4)]
 """The eight ways to lay down a square: mirrored or not, then turned by so many quarters."""
 
@@ -160,11 +163,13 @@ class PrefixOutputs:
         return Given(images.to(self.prefix.device), self.prefix.after, known)
 
     def all(self) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
-        """Every row with its bytes: those that are kept, then the others as they are computed."""
+        """Every row with its bytes, those that are kept before the others, which are computed."""
         rows = np.arange(len(self.sorted) * len(self.seen))
         there = self.rows.have(rows)
-        if there.any():
-            yield rows[there], self.rows.read(rows[there])
+        kept = rows[there]
+        for start in range(0, len(kept), AHEAD):
+            some = kept[start : start + AHEAD]
+            yield some, self.rows.read(some)
         if not there.all():
             yield from self.compute(rows[~there])
 
@@ -173,29 +178,47 @@ class PrefixOutputs:
 
         A row is computed when it first comes, so no picture is decoded again once all are there.
         """
-        if loader.augment is None:
+        if (augment := loader.augment) is None:
             raise TypeError(loader)
-        parts = [part for step in range(start_step, loader.steps) for part in loader.parts(step)]
-        if not parts:
-            return
         order = loader.order(epoch)
         copies = earlier(order)
         corners, places = _CORNERS.permute(1, 2, 0).numpy(), {turn: place for place, turn in enumerate(self.seen)}
-        wanted = np.zeros(len(order), np.int64)
-        for place in (place for part in parts for place in range(part.start, part.stop)):
+
+        def row_at(place: int) -> int:
             random = sample_generator(loader.seed, epoch, int(order[place]), int(copies[place]))
-            turn = places[turn_of(altered(corners, loader.augment, self.record, random))]
-            wanted[place] = self.place[order[place]] * len(self.seen) + turn
-        coming = np.concatenate([wanted[part.start : part.stop] for part in parts])
+            turn = turn_of(altered(corners, augment, self.record, random))
+            return int(self.place[order[place]]) * len(self.seen) + places[turn]
+
+        labels, steps = torch.from_numpy(loader.pictures.labels), max(AHEAD * loader.ranks // loader.step_size, 1)
+        for begin in range(start_step, loader.steps, steps):
+            parts = [part for step in range(begin, min(begin + steps, loader.steps)) for part in loader.parts(step)]
+            wanted = [np.array([row_at(place) for place in range(part.start, part.stop)]) for part in parts]
+            for part, values in zip(parts, self._in_order(wanted), strict=True):
+                indices = torch.from_numpy(order[part.start : part.stop])
+                yield Computed(
+                    step=part.step,
+                    part=part.part,
+                    parts=part.parts,
+                    images=torch.empty((len(indices), 0), dtype=torch.uint8),
+                    labels=labels[indices],
+                    indices=indices,
+                    given=self.given(values),
+                )
+
+    def _in_order(self, wanted: list[NDArray[np.int64]]) -> Iterator[NDArray[np.uint8]]:
+        """The bytes of rows, part by part. Few wait in memory, though there may be no place for any on the disk."""
+        coming = np.concatenate(wanted)
         _, first = np.unique(coming, return_index=True)
         once = coming[np.sort(first)]
-        stream = self.compute(once[~self.rows.have(once)])
+        once = once[~self.rows.have(once)]
+        stream, due = self.compute(once), set(once.tolist())
         waiting: dict[int, NDArray[np.uint8]] = {}  # rows that have no place on the disk, until they are used
-        labels = torch.from_numpy(loader.pictures.labels)
-        for part in parts:
-            rows = wanted[part.start : part.stop]
+        for rows in wanted:
             while lacking := [row for row in rows[~self.rows.have(rows)].tolist() if row not in waiting]:
-                found, values = next(stream, None) or next(self.compute(np.array(lacking)))
+                # One that was used before is computed again, alone: the stream holds what is still to come.
+                gone = [row for row in lacking if row not in due]
+                found, values = next(self.compute(np.unique(gone)) if gone else stream)
+                due.difference_update(found.tolist())
                 kept = self.rows.have(found)
                 waiting |= {row: value for row, value, on in zip(found.tolist(), values, kept, strict=True) if not on}
             there = self.rows.have(rows)
@@ -206,16 +229,7 @@ class PrefixOutputs:
                 values[place] = waiting[int(rows[place])]
             for row in rows[~there].tolist():
                 waiting.pop(row, None)
-            indices = torch.from_numpy(order[part.start : part.stop])
-            yield Computed(
-                step=part.step,
-                part=part.part,
-                parts=part.parts,
-                images=torch.empty((len(rows), 0), dtype=torch.uint8),
-                labels=labels[indices],
-                indices=indices,
-                given=self.given(values),
-            )
+            yield values
 
 
 def fingerprint(net: ResNet, prefix: Prefix, pictures: Pictures, record: Preprocess, seen: Sequence[int]) -> str:
