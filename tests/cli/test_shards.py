@@ -1,6 +1,7 @@
 """isthmus shards, as people call it."""
 
 import json
+import re
 
 import pytest
 
@@ -23,9 +24,41 @@ def test_shards(isthmus, folder, tmp_path):
     assert result.status == 0
     assert "2 classes" in result.out
     assert f"Train on it: isthmus train --data {out}" in result.out
-    assert result.err == f"left out {folder}/train/temple/0.jpg: it cannot be read\n"
+    assert re.fullmatch(
+        rf"left out {folder}/train/temple/0\.jpg is not a picture \(JPEG, .*\); copy it again or leave it out\n",
+        result.err,
+    )
     data = open_data(str(out))
     assert (data.train.counts(), data.val.counts()) == ({"flower": 5, "temple": 3}, {"flower": 2, "temple": 3})
+
+
+def test_what_is_left_out_of_both_sides_is_counted(isthmus, folder, tmp_path):
+    (folder / "train/temple/0.jpg").write_bytes(b"")
+    whole = (folder / "val/flower/0.jpg").read_bytes()
+    (folder / "val/flower/0.jpg").write_bytes(whole[: len(whole) // 2])
+    result = isthmus("shards", str(folder), str(tmp_path / "out"))
+    first, second, total = result.err.splitlines()
+    assert first == f"left out {folder}/train/temple/0.jpg is empty; copy it again or leave it out"
+    assert second.startswith(f"left out {folder}/val/flower/0.jpg cannot be decoded: ")
+    assert total == "2 of 14 pictures could not be read"
+
+
+@pytest.mark.parametrize(
+    "out", ["set", "set/train", "set/shards", "set/train/temple/deep/er", "set/../set/x", "link/x"]
+)
+def test_a_folder_among_the_pictures_is_refused(isthmus, folder, tmp_path, out):
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted(tmp_path.rglob("*"))
+    result = isthmus("shards", str(folder), f"{tmp_path}/{out}")
+    assert (result.status, result.out) == (2, "")
+    assert f"lies in {folder}, among the pictures; choose a folder outside of it" in result.err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_beside_the_pictures_is_taken(isthmus, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert isthmus("shards", "set", "set-shards").status == 0
+    assert len(open_pictures("set-shards")) == 14
 
 
 def test_stopped(isthmus, folder, tmp_path, monkeypatch):

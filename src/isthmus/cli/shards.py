@@ -21,7 +21,7 @@ def shards(data: str, out: Path, *, pictures_per_shard: int = 1000, resize: int 
     out
         The folder to write. Stopped, the same command goes on.
     pictures_per_shard
-        How many.
+        Pictures in one tar file.
     resize
         Pixels of the shorter side that larger pictures get, as JPEGs; 0 copies every picture as it is.
     """
@@ -33,7 +33,9 @@ def shards(data: str, out: Path, *, pictures_per_shard: int = 1000, resize: int 
     sides = {"all": train} if val is None else {"train": train, "val": val}
     with TerminalReporter() as reporter:
         try:
-            written = write_shards(sides, out, per_shard=pictures_per_shard, resize=resize, progress=reporter.progress)
+            written = write_shards(
+                sides, out, source=data, per_shard=pictures_per_shard, resize=resize, progress=reporter.progress
+            )
         except KeyboardInterrupt:
             reporter.say("stopped; the same command goes on")
             sys.exit(130)
@@ -46,5 +48,9 @@ def shards(data: str, out: Path, *, pictures_per_shard: int = 1000, resize: int 
             ((each.side, each.shards, each.pictures, f"{each.bytes / 1e6:.1f}") for each in written),
         )
         console.print(f"Train on it: isthmus train --data {out}", soft_wrap=True, markup=False)
-    for name in (name for side in written for name in side.left_out):
-        print(f"left out {name}: it cannot be read", file=sys.stderr)  # noqa: T201
+    reasons = [reason for side in written for reason in side.left_out]
+    for reason in reasons:
+        print(f"left out {reason}", file=sys.stderr)  # noqa: T201
+    if len(reasons) > 1:
+        whole = len(reasons) + sum(side.pictures for side in written)
+        print(f"{len(reasons)} of {whole} pictures could not be read", file=sys.stderr)  # noqa: T201

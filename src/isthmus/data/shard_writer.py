@@ -29,7 +29,7 @@ _ENDS = {"JPEG": "jpg", "MPO": "jpg", "JPEG2000": "jp2", "TIFF": "tif", "DIB": "
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Written:
-    """One side of a data set in shards: how many, of how many pictures and bytes, and which could not be read."""
+    """One side of a data set in shards: how many, of how many pictures and bytes, and why others were left out."""
 
     side: str
     shards: int
@@ -46,6 +46,7 @@ def write_shards(
     sides: Mapping[str, Pictures],
     out: Path,
     *,
+    source: str = "",
     per_shard: int = 1000,
     resize: int = 0,
     progress: Callable[[str, int, int], None] = lambda *_: None,
@@ -55,7 +56,8 @@ def write_shards(
     A sample is KEY.jpg (or as the picture is encoded) and KEY.cls, KEY being its number in its side. With `resize`,
     the shorter side of larger pictures becomes so many pixels, and they become JPEGs; others are copied. Pictures that
     cannot be decoded are left out. Stopped at any time, the same call goes on, and the shards are the same bytes.
-    Raises DataError where `out` holds other shards or nothing can be read, RunError where it cannot be written.
+    Raises DataError where `out` holds other shards or lies in the folder `source` that the pictures come from, or
+    nothing can be read, RunError where it cannot be written.
     """
     if per_shard < 1 or resize < 0:
         raise DataError(
@@ -64,7 +66,7 @@ def write_shards(
     for side, pictures in sides.items():
         if not len(pictures):
             raise DataError(f"there are no pictures for {side}; give it some, or leave the division out")
-    _begin(out, _fingerprint(sides, per_shard, resize))
+    _begin(out, _fingerprint(sides, per_shard, resize), source)
     classes = next(iter(sides.values())).classes
     atomic_write(out / CLASS_FILES[0], lambda path: path.write_text(json.dumps(classes, indent=0), encoding="utf-8"))
     names: list[str] = []
@@ -91,7 +93,7 @@ def write_shards(
         progress(f"writing {side}", len(order), len(order))
         shards += found
         kept = {int(sample.member.partition(".")[0]) for shard in found for sample in shard}
-        left_out = tuple(pictures.name(index) for index in range(len(pictures)) if index not in kept)
+        left_out = tuple(_why_left_out(pictures, index) for index in range(len(pictures)) if index not in kept)
         size = sum((out / name).stat().st_size for name in names[-len(found) :])
         report.append(Written(side=side, shards=len(found), pictures=len(kept), bytes=size, left_out=left_out))
     save_index(out / INDEX, scanned(names, shards, [(out / name).stat().st_size for name in names], classes))
@@ -109,8 +111,8 @@ def _fingerprint(sides: Mapping[str, Pictures], per_shard: int, resize: int) -> 
     return digest.hexdigest()
 
 
-def _begin(out: Path, job: str) -> None:
-    """Claim the folder for a job; raises DataError where it holds another's."""
+def _begin(out: Path, job: str, source: str) -> None:
+    """Claim the folder for a job; raises DataError where it holds another's, or lies among the pictures."""
     mark = out / UNFINISHED
     if mark.exists():
         if json.loads(mark.read_text(encoding="utf-8")) != {"job": job}:
@@ -121,12 +123,24 @@ def _begin(out: Path, job: str) -> None:
             left.unlink()
     elif (out / INDEX).exists() or next(out.glob("*.tar"), None):
         raise DataError(f"{out} holds shards already; choose another folder")
+    elif source and (root := Path(source).expanduser()).is_dir() and out.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{out} lies in {source}, among the pictures; choose a folder outside of it")
     else:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"cannot make the folder {out}: {error.strerror}; choose another") from error
         atomic_write(mark, lambda path: path.write_text(json.dumps({"job": job}), encoding="utf-8"))
+
+
+def _why_left_out(pictures: Pictures, index: int) -> str:
+    """Found anew, because the job may have been stopped since."""
+    name = pictures.name(index)
+    try:
+        decode(pictures.read(index), "RGB", name)
+    except DataError as error:
+        return str(error)
+    return f"{name} could not be read when its shard was written"
 
 
 def _fill(path: Path, pictures: Pictures, chosen: list[int], resize: int) -> None:
