@@ -90,7 +90,11 @@ def test_only_the_first_process_speaks(capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
-def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [(120, "02:00"), (86_399, "23:59:59"), (86_400, "1 d 0 h"), (7 * 86_400 + 23 * 3600 + 754, "7 d 23 h")],
+)
+def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch, seconds, left):
     """Through a real pseudo-terminal of 80 columns."""
     ours, theirs = os.openpty()
     monkeypatch.setenv("TERM", "xterm")
@@ -102,7 +106,7 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):
         with TerminalReporter(clock) as reporter:
             for step in range(30):
                 clock.now += 4
-                reporter.progress("epoch 3/90", (step + 1) * 32, 1920, FACTS)
+                reporter.progress("epoch 3/90", (step + 1) * 32, 960 + 8 * seconds, FACTS)
             reporter.bar.refresh()
             reporter.say("a milestone")
     written = bytearray()
@@ -113,6 +117,6 @@ def test_a_terminal_gets_a_bar_that_goes_away(monkeypatch):
     shown = written.decode()
     assert shown.endswith("\x1b[?25h\r\x1b[1A\x1b[2K")  # the cursor is back, and the bar's line is empty
     plain = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", shown)
-    bar = next(line for line in plain.splitlines() if "02:00 left" in line).split("\r")[-1]
-    assert re.fullmatch(r"epoch 3/90 \S+ 8.0 pictures/s, 02:00 left, loss 1.235, lr 0.012, 3.0 GiB", bar)
+    bar = next(line for line in plain.splitlines() if f"{left} left" in line).split("\r")[-1]
+    assert re.fullmatch(rf"epoch 3/90 \S+ 8.0 pictures/s, {left} left, loss 1.235, lr 0.012, 3.0 GiB", bar)
     assert "a milestone" in plain

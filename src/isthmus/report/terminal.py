@@ -33,9 +33,16 @@ def told(task: Task) -> str:
     """The state of a task in words; its speed is that of the last two minutes."""
     parts, facts = [], task.fields["facts"]
     if task.speed:
-        left = str(timedelta(seconds=round(((task.total or 0) - task.completed) / task.speed))).removeprefix("0:")
+        left = lasting(round(((task.total or 0) - task.completed) / task.speed))
         parts += [f"{task.speed:.{1 if task.speed < 10 else 0}f} pictures/s", f"{left} left"]
     return ", ".join(parts + [words(facts[name]) for name, words in FACTS.items() if name in facts])
+
+
+def lasting(seconds: int) -> str:
+    """A time in words that are short however long it is."""
+    if seconds >= 86_400:
+        return f"{seconds // 86_400} d {seconds % 86_400 // 3600} h"
+    return str(timedelta(seconds=seconds)).removeprefix("0:")
 
 
 class Told(ProgressColumn):
