@@ -165,14 +165,16 @@ def to_toml(values: dict[str, Any]) -> str:
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
 
-def override(record: T, settings: Iterable[str], error: type[IsthmusError] = SpecError) -> T:
-    """The record with dotted settings applied, e.g. `shortcut=avg` or `stages.0.mid=32`."""
+def override(
+    record: T, settings: Iterable[str], error: type[IsthmusError] = SpecError, example: str = "stages.0.mid=32"
+) -> T:
+    """The record with dotted settings applied, e.g. `shortcut=avg` or `stages.0.mid=32`; errors give the example."""
     values = to_dict(record)
     hints = get_type_hints(type(record))
     for setting in settings:
         path, equals, text = (part.strip() for part in setting.partition("="))
         if not (path and equals and text):
-            raise error(f"setting {setting!r} is not of the form field=value, e.g. stages.0.mid=32")
+            raise error(f"setting {setting!r} is not of the form field=value, e.g. {example}")
         *parents, last = path.split(".")
         target: Any = values
         for part in parents:
@@ -182,7 +184,11 @@ def override(record: T, settings: Iterable[str], error: type[IsthmusError] = Spe
                 raise error(f"setting {setting!r}: there is no {part!r}; known: {', '.join(map(str, known))}")
             target = target[key]
         if isinstance(target, list):
-            raise error(f"setting {setting!r}: name a field of the row too, e.g. {path}.mid=32")
+            rows = any(isinstance(row, dict) for row in target)
+            whole = f"give the whole list, e.g. {'.'.join(parents)}={target}"
+            raise error(
+                f"setting {setting!r}: " + (f"name a field of the row too, e.g. {path}.mid=32" if rows else whole)
+            )
         if last not in target and (target is not values or last not in hints):
             raise error(f"setting {setting!r}: there is no {last!r}; known: {', '.join(target)}")
         try:

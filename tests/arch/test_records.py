@@ -83,7 +83,7 @@ def test_override():
         ("stages.0=3", "name a field of the row too"),
         ("stages.0.middle=3", "there is no 'middle'; known: depth, mid, out"),
         ("norm.eps=1", "there is no 'norm'"),
-        ("stem.widths.0=3", "name a field"),
+        ("stem.widths.0=3", "give the whole list, e.g. stem.widths=[64]"),
         ("stages.0.mid=wide", "mid is 'wide'; it must be a whole number"),
         ("stages.0.mid=1.5", "mid is 1.5; it must be a whole number"),
         ("stages=3", "stages must be a table of settings; got 3"),

@@ -85,8 +85,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         records.check_fields(self, RecipeError)
+        crop = self.train_size or self.image_size  # 0: the network says
         wrong = {
-            "data is empty; name a folder, a .csv file or elpv": not self.data,
+            "data is empty; name a folder, a .csv file, hf:NAME or elpv": not self.data,
             "neither weights nor arch is given; name one": not (self.weights or self.arch),
             "a new network has nothing worth freezing; give weights, or freeze='none'": (
                 not self.weights and self.freeze != "none"
@@ -98,8 +99,8 @@ class Recipe:
             f"start_size is {self.start_size} and train_size {self.train_size}; the crop grows to train_size": (
                 self.start_size > 0 and not self.start_size <= self.train_size
             ),
-            f"resized is {self.resized} and train_size {self.train_size}; a crop is no larger than its picture": (
-                0 < self.resized < max(self.train_size, 1)
+            f"resized is {self.resized} and the training crop {crop}; a crop is no larger than its picture": (
+                0 < self.resized < crop
             ),
             "schedule is 'step' and drops is empty; say after which parts of the run the rate drops": (
                 self.schedule == "step" and not self.drops
@@ -132,7 +133,7 @@ class Recipe:
         try:
             return records.from_toml(cls, path.read_text(encoding="utf-8"), RecipeError)
         except (OSError, UnicodeDecodeError, RecipeError) as error:
-            raise RecipeError(f"{path}: {error}") from error
+            raise RecipeError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def gradient_only() -> set[str]:
@@ -143,4 +144,4 @@ def gradient_only() -> set[str]:
 
 def override(base: Recipe, settings: tuple[str, ...]) -> Recipe:
     """The recipe with dotted settings applied, e.g. `lr=0.01` or `augment.vflip=true`."""
-    return records.override(base, settings, RecipeError)
+    return records.override(base, settings, RecipeError, example="lr=0.01")
