@@ -51,6 +51,7 @@ def test_every_family(name, precision):
 SPECS = {
     "drop path": replace(variant("resnet26"), drop_path=0.2),
     "SiLU": replace(variant("resnet26"), activation="silu"),
+    "SiLU before": replace(variant("resnetv2_50"), activation="silu"),
     "no norm": replace(variant("resnet26"), norm="none"),
     "dilated": variant("resnet26d").with_output_stride(8),
     "rich head": replace(

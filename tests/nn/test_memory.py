@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
 
 from isthmus.arch.plan import plan
 from isthmus.arch.spec import HeadSpec, NetSpec
 from isthmus.arch.variants import variant
 from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
-from isthmus.nn.block import BottleneckBlock
+from isthmus.nn.block import BasicBlock, BottleneckBlock, PreActBottleneckBlock
 from isthmus.nn.freeze import freeze
-from isthmus.nn.memory import save_memory, work_in_place
+from isthmus.nn.layers import DropPath
+from isthmus.nn.memory import Stage, save_memory, work_in_place
 from isthmus.nn.network import ResNet
 from oracles import picture, random_state, relative_error, saved_bytes, trimmed
 
@@ -41,15 +43,20 @@ def network(spec: NetSpec | str, side: int = 33) -> ResNet:
     return net.train()
 
 
-def step(net: nn.Module, x: torch.Tensor, seed: int = 0) -> tuple[torch.Tensor, ...]:
-    """Logits, the gradient of the input and those of the parameters, which are cleared."""
+def step(net: nn.Module, x: torch.Tensor, seed: int = 0, *, half: bool = False) -> tuple[torch.Tensor, ...]:
+    """Logits or a map, the gradient of the input and those of the parameters, which are cleared.
+
+    With `half` the forward pass alone is under autocast, as in training.
+    """
     torch.manual_seed(seed)
     x = x.clone().requires_grad_()
-    logits = net(x)
-    F.cross_entropy(logits, torch.arange(len(x)) % 7).backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        out = net(x)
+    loss = F.cross_entropy(out, torch.arange(len(x)) % 7) if out.ndim == 2 else out.square().sum()
+    loss.backward()
     grads = [parameter.grad for parameter in net.parameters() if parameter.grad is not None]
     net.zero_grad()
-    return logits, x.grad, *grads
+    return out, x.grad, *grads
 
 
 def assert_same_step(saving: ResNet, plain: ResNet, x: torch.Tensor) -> None:
@@ -87,6 +94,11 @@ def cumulative(net):
     net.layer1[0].bn2 = nn.BatchNorm2d(64, track_running_stats=False, affine=False).double()
 
 
+def statistics_held(net):
+    """A batch norm that was told to leave its statistics as they are."""
+    net.layer1[0].bn2.track_running_stats = False
+
+
 CHANGES = {
     "frozen statistics": freeze_batchnorm,
     "synchronised statistics": synchronise_batchnorm,
@@ -95,6 +107,7 @@ CHANGES = {
     "some weights frozen": lambda net: [p.requires_grad_(i % 3 == 0) for i, p in enumerate(net.layer2.parameters())],
     "weights of norms frozen": lambda net: net.layer1[0].bn2.requires_grad_(requires_grad=False),
     "other momentum": cumulative,
+    "statistics held": statistics_held,
     "evaluation": nn.Module.eval,
     "channels_last": lambda net: net.to(memory_format=torch.channels_last),
 }
@@ -156,6 +169,99 @@ def test_a_subclass_and_a_shortcut_of_ones_own():
     assert_same_step(saving, plain, picture(3, 3, 33, 33))
 
 
+class Gate(nn.Module):
+    """A module of one's own."""
+
+    def forward(self, x):
+        return x * x.sigmoid()
+
+
+def projecting(*last):
+    """A shortcut of 64 channels to 256."""
+    return nn.Sequential(nn.Conv2d(64, 256, 1, bias=False), nn.BatchNorm2d(256), *last)
+
+
+def exchange(net, name, module):
+    """Put a copy of `module` where `name` says."""
+    parent, _, last = name.rpartition(".")
+    setattr(net.get_submodule(parent), last, copy.deepcopy(module).double())
+
+
+EXCHANGED = {  # in a resnet26d: the module, its name
+    "no attention for one": (Gate(), "layer1.0.se"),
+    "no drop path for one": (DropPath(0.3), "layer1.0.drop_path"),
+    "no filter for one": (Gate(), "layer2.0.aa"),
+    "a shortcut of other parts": (nn.Sequential(nn.Identity(), *projecting(nn.Tanh())), "layer1.0.downsample"),
+    "a shortcut of fewer": (nn.Conv2d(64, 256, 1, bias=False), "layer1.0.downsample"),
+    "a shortcut where none was": (nn.Conv2d(256, 256, 1, bias=False), "layer1.1.downsample"),
+    "random numbers behind": (nn.Sequential(nn.ReLU(), nn.Dropout(0.3)), "layer1.0.act2"),
+    "random numbers": (nn.RReLU(), "layer1.0.act2"),
+    "random numbers inside": (nn.Dropout(0.3), "layer1.1.act1"),
+    "a module of one's own": (Gate(), "layer1.1.act1"),
+    "working in place": (nn.SiLU(inplace=True), "layer1.0.act1"),
+    "reflected edges": (nn.Conv2d(64, 64, 3, padding=1, bias=False, padding_mode="reflect"), "layer1.0.conv2"),
+    "padding in words": (nn.Conv2d(64, 64, 3, padding="same", bias=False), "layer1.0.conv2"),
+    "edges of the stem": (nn.Conv2d(3, 32, 3, 2, 1, bias=False, padding_mode="circular"), "conv1.0"),
+    "a pool of one's own": (nn.Sequential(nn.MaxPool2d(2), nn.Dropout(0.1)), "maxpool"),
+}
+
+
+@pytest.mark.parametrize("change", EXCHANGED)
+def test_what_a_caller_exchanged_is_checkpointed_and_named(change):
+    module, name = EXCHANGED[change]
+    plain = network("resnet26d")
+    exchange(plain, name, module)
+    saving = copy.deepcopy(plain)
+    place = ".".join(name.split(".")[:2]) if name.startswith("layer") else "stem"
+    assert save_memory(saving, "recompute") == (place,)
+    assert_same_step(saving, plain, picture(3, 3, 33, 33))
+
+
+def test_a_stem_that_grew_is_checkpointed():
+    plain = network("resnet26d")
+    plain.conv1.append(nn.Dropout2d(0.3))
+    saving = copy.deepcopy(plain)
+    assert save_memory(saving, "recompute") == ("stem",)
+    assert_same_step(saving, plain, picture(3, 3, 33, 33))
+
+
+REPEATED = {
+    "activations": (nn.SiLU(), "layer1.0.act1"),
+    "the last activation": (nn.LeakyReLU(0.1), "layer1.0.act"),
+    "group norm": (nn.GroupNorm(4, 64), "layer1.0.bn1"),
+    "nothing": (nn.Identity(), "layer1.1.bn2"),
+    "several": (nn.Sequential(nn.Conv2d(64, 64, 3, 1, 1), nn.GroupNorm(4, 64), nn.Tanh()), "layer1.0.conv2"),
+    "pools": (nn.AvgPool2d(2), "maxpool"),
+}
+
+
+@pytest.mark.parametrize("change", REPEATED)
+def test_what_computes_the_same_again_is_recomputed(change):
+    module, name = REPEATED[change]
+    plain = network("resnet26d")
+    exchange(plain, name, module)
+    saving = copy.deepcopy(plain)
+    assert save_memory(saving, "recompute") == ()
+    assert_same_step(saving, plain, picture(3, 3, 33, 33))
+
+
+def test_exchanged_when_memory_was_already_saved():
+    plain = network("resnet26d")
+    saving = copy.deepcopy(plain)
+    assert save_memory(saving, "recompute") == ()
+    for net in (plain, saving):
+        net.layer1[0].se, net.layer1[1].act1 = Gate(), nn.Dropout(0.3)
+        net.layer2[0].act2.forward = lambda x: x.clamp(0, 1)
+    assert_same_step(saving, plain, picture(3, 3, 33, 33))
+
+
+def test_a_slice_of_a_stage_is_plain():
+    net = network("resnet26")
+    save_memory(net, "recompute")
+    x = picture(2, 64, 9, 9)
+    assert torch.equal(net.layer1[:1](x), nn.Sequential(net.layer1[0])(x))
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_hooks_inside_a_block_see_its_maps(mode):
     net = network("resnet26")
@@ -166,6 +272,19 @@ def test_hooks_inside_a_block_see_its_maps(mode):
     step(net, x)
     assert len(seen) == 2  # a checkpointed block runs twice
     assert torch.equal(*seen)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_hooks_on_all_modules_see_those_inside(mode):
+    net = network("resnet26")
+    save_memory(net, mode)
+    seen = []
+    handle = register_module_forward_hook(lambda module, _inputs, _output: seen.append(module))
+    try:
+        step(net, picture(3, 3, 33, 33))
+    finally:
+        handle.remove()
+    assert {id(module) for module in seen} == {id(module) for module in net.modules()}
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -189,13 +308,31 @@ def test_autocast(mode):
     save_memory(saving, mode)
     x = picture(8, 3, 33, 33)
     wanted = step(true, x)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, usual = step(saving, x.float()), step(plain, x.float())
+    found, usual = step(saving, x.float(), half=True), step(plain, x.float(), half=True)
+    assert_no_worse(found, usual, wanted)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("mode", ["plain", *MODES])
+@pytest.mark.parametrize("block", [BasicBlock(64, 64), BottleneckBlock(64, 16), PreActBottleneckBlock(64, 16)])
+def test_autocast_of_a_map_in_full_precision(block, mode, in_place):
+    """The identity shortcut is wider there than what is added to it, forward and backward."""
+    plain = copy.deepcopy(block)
+    saving = Stage(copy.deepcopy(block))
+    saving.memory = mode
+    work_in_place(saving, on=in_place)
+    x = picture(4, 64, 9, 9)
+    found, usual = step(saving, x.float(), half=True), step(plain, x.float(), half=True)
+    assert_no_worse(found, usual, step(plain.double(), x))
+
+
+def assert_no_worse(found, usual, wanted):
+    """The same output to the bit, and gradients of the same types, no farther from those of fp64."""
     assert torch.equal(found[0], usual[0])
     assert [one.dtype for one in found] == [one.dtype for one in usual]
 
     def error(step):
-        pairs = zip(step[2:], wanted[2:], strict=True)
+        pairs = zip(step[1:], wanted[1:], strict=True)
         return sum(float((one.double() - other).norm() / other.norm()) for one, other in pairs)
 
     assert error(found) < 1.05 * error(usual)
@@ -275,3 +412,14 @@ def test_working_in_place_without_norm(name):
     x = picture(2, 3, 33, 33)
     for found, wanted in zip(step(other, x), step(plain, x), strict=True):
         assert torch.equal(found, wanted)
+
+
+def test_working_in_place_is_undone():
+    net = network("resnet26")
+    work_in_place(net)
+    work_in_place(net, on=False)
+    hooked = []
+    for norm in (net.layer1[0].bn2, net.layer1[0].bn3):  # an activation or an addition in place would raise behind it
+        norm.register_full_backward_hook(lambda *_: hooked.append(1))
+    step(net, picture(2, 3, 33, 33))
+    assert len(hooked) == 2

@@ -313,12 +313,11 @@ def last_bytes(plan: Plan, item: int, memory: Memory) -> Bytes:
     head, ledger = plan.spec.head, Ledger("plain", item, plan.spec.norm)
     block = plan.blocks[-1]
     last = elements(block.spec.out_channels, block.out_size)
-    # A ReLU keeps its output, a norm its input, a maximum both.
-    keeps = block_steps(block.spec)[-1].kind == "relu" and memory != "checkpoint"
-    total = Bytes(item * last * (keeps or plan.spec.preact or "max" in head.pools))
-    if plan.spec.preact:
-        tail = stem_steps(plan.tail, plan.spec.activation)
-        total = total.plus(ledger.chain(tail, block.spec.out_channels, block.out_size))
+    tail = stem_steps(plan.tail, plan.spec.activation)
+    # A ReLU keeps its output, a maximum its input. What the tail keeps it keeps in every mode.
+    keeps = (tail or block_steps(block.spec))[-1].kind == "relu" and (plan.spec.preact or memory != "checkpoint")
+    total = Bytes(item * last * (keeps or "max" in head.pools))
+    total = total.plus(ledger.chain(tail, block.spec.out_channels, block.out_size))
     if "max" in head.pools:
         total = total.plus(Bytes(item * plan.num_features // len(head.pools)))
     for layer in plan.head:

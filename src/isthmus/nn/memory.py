@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils.checkpoint import checkpoint
 
-from isthmus.arch.memory import Memory, Step, block_steps, kept
-from isthmus.nn.batchnorm import FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d
+from isthmus.arch.memory import Memory, Step, block_steps, kept, stem_steps
+from isthmus.arch.plan import Plan
+from isthmus.nn.batchnorm import FROZEN, SYNCHRONISED
 from isthmus.nn.block import BLOCKS, ResidualBlock
-from isthmus.nn.layers import DropPath
+from isthmus.nn.layers import AveragePool, BlurPool, DropPath, EfficientChannelAttention, SqueezeExcite, ZeroPad
 
 __all__ = ["Stage", "in_memory", "save_memory", "work_in_place"]
 
@@ -31,6 +33,7 @@ class Network(Protocol):
     """What is asked of a ResNet here (`nn.network` imports this file)."""
 
     memory: Memory
+    plan: Plan
     stages: tuple[str, ...]
 
     def get_submodule(self, target: str) -> nn.Module: ...
@@ -39,10 +42,10 @@ class Network(Protocol):
 class Stage(nn.Sequential):
     """A stage whose blocks save memory; as nn.Sequential in all else, state dict and hooks included."""
 
-    memory: Memory
+    memory: Memory = "plain"  # of a slice, which is made without being told
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
+        if self.memory == "plain" or torch.compiler.is_compiling():
             return cast("Tensor", super().forward(x))  # type: ignore[no-untyped-call]
         for block in self:
             x = in_memory(self.memory, block, x, parent=block, inside=(block,), steps=steps_of(block))
@@ -55,35 +58,40 @@ def save_memory(net: Network, mode: Memory) -> tuple[str, ...]:
     `checkpoint` keeps each block's input and runs the whole block again (Chen et al. 2016). `recompute` also keeps what
     costly convolutions gave, and runs norms, activations and the others again. Batch-norm statistics
     move once, random numbers repeat, and gradients are those of the plain network; second derivatives raise. Without
-    gradients, in evaluation and in torch.compile the network is plain. Returns the names of blocks that have to be
-    checkpointed although `recompute` was asked: a caller's own, and at each call also those with hooks inside, which
-    then run twice.
+    gradients, in evaluation and in torch.compile the network is plain. Returns the names of what has to be
+    checkpointed although `recompute` was asked: a caller's own blocks, and blocks or a `stem` into which modules were
+    put that cannot be run one by one. At each call so are those with hooks inside, which then run twice.
     """
     net.memory = mode
-    whole = []
+    whole: list[str] = []
+    if mode == "recompute":
+        steps = stem_steps(net.plan.stem, net.plan.spec.activation)
+        parts = [net.get_submodule(name) for name in ("conv1", "bn1", "act1", "maxpool")]
+        whole += ["stem"] * (not placed(cast("nn.Module", net), steps, parts))
     for name in net.stages:
         stage: Any = net.get_submodule(name)
         # The class alone differs, so parameters, buffers, hooks and keys stay as they are.
         stage.__class__ = nn.Sequential if mode == "plain" else Stage
         stage.memory = mode
         if mode == "recompute":
-            whole += [f"{name}.{place}" for place, block in stage.named_children() if not steps_of(block)]
+            blocks = stage.named_children()
+            whole += [f"{name}.{place}" for place, block in blocks if not placed(block, steps_of(block), (block,))]
     return tuple(whole)
 
 
-def work_in_place(net: nn.Module) -> None:
+def work_in_place(net: nn.Module, *, on: bool = True) -> None:
     """Let ReLUs and additions write over their input, which no backward pass reads; a caller's own blocks stay as are.
 
     A training step on a CPU is some 6 % faster for it. Hooks on the layers before them see what they always saw, but
-    what they keep without copying changes afterwards, and backward hooks there raise.
+    what they keep without copying changes afterwards, and backward hooks there raise. `on=False` undoes it.
     """
     ours = [cast("ResidualBlock", module) for module in net.modules() if type(module) in BLOCKS.values()]
     for block in ours:
-        block.in_place = True
+        block.in_place = on
     for parent in (net, *ours):
         for module in parent.children():
             if isinstance(module, nn.ReLU):
-                module.inplace = True
+                module.inplace = on
 
 
 def steps_of(block: nn.Module) -> tuple[Step, ...]:
@@ -106,20 +114,47 @@ def in_memory(
     needed = (x, *(parameter for module in inside for parameter in module.parameters()))
     if not trains or not any(tensor.requires_grad for tensor in needed):
         return call(x)
-    if mode == "checkpoint" or not steps or any(is_hooked(child) for module in inside for child in module.modules()):
+    modules = placed(parent, steps, inside) if mode == "recompute" else ()
+    if not modules or any(is_hooked(child) for module in inside for child in module.modules()):
 
         def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
             return nullcontext(), spare_buffers(inside)
 
         return checkpoint(call, x, use_reentrant=False, context_fn=contexts)
-    chain = Chain(parent, steps, kept(steps, mode))
+    chain = Chain(modules, steps, kept(steps, mode))
     return cast("Tensor", ChainFunction.apply(chain, x, *chain.parameters))
 
 
+def placed(parent: nn.Module, steps: tuple[Step, ...], inside: Sequence[nn.Module]) -> tuple[nn.Module | None, ...]:
+    """The module of each step, None for an addition; none at all unless they are all that runs `inside`.
+
+    A caller may have exchanged or added modules since the network was built, and what paper does not know would be left
+    out, or come out otherwise in a second run.
+    """
+    try:
+        modules = tuple(parent.get_submodule(step.name) if step.name else None for step in steps)
+    except AttributeError:
+        return ()
+    known = {parent, *(child for module in modules if module is not None for child in module.modules())}
+    others = (child for module in inside for child in module.modules() if child not in known)
+    complete = all(type(child) in (nn.Identity, nn.Sequential) for child in others)
+    return modules if complete and all(module is None or runs_again(module) for module in modules) else ()
+
+
+def runs_again(module: nn.Module) -> bool:
+    """Whether the module of a step gives the same a second time, by an operation below."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and OPERATIONS.get(type(module)):
+        return module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    if type(module) in OPERATIONS:
+        return True
+    return all(type(child) in REPEATABLE and not vars(child).get("inplace") for child in module.modules())
+
+
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to see this module called."""
+    """Whether somebody wants to see this module called, or put another function in place of its forward."""
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return any(getattr(module, kind) for kind in kinds)
+    everywhere = _has_any_global_hook()  # type: ignore[no-untyped-call]
+    return bool(everywhere) or "forward" in vars(module) or any(getattr(module, kind) for kind in kinds)
 
 
 @contextmanager
@@ -136,7 +171,7 @@ def spare_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 class Operation:
-    """How a module runs in a chain. This one serves any module, through torch's own autograd in the second run.
+    """How a module runs in a chain. This one serves REPEATABLE modules, through torch's own autograd in the second run.
 
     `made` is what the first run leaves beside its map: the statistics of a norm, the samples that drop path kept.
     """
@@ -209,9 +244,10 @@ class BatchNorm(Operation):
     def run(self, x: Tensor, *, own: bool) -> tuple[Tensor, Made]:  # noqa: ARG002
         norm = self.module
         factor, by_batch = norm.momentum or 0.0, norm.training or norm.running_mean is None
+        tracks = norm.track_running_stats or not norm.training
         if by_batch and x.numel() == x.shape[1]:
             raise ValueError(f"batch norm needs more than 1 value per channel when training; got {tuple(x.shape)}")
-        if norm.training and norm.num_batches_tracked is not None:
+        if norm.training and tracks and norm.num_batches_tracked is not None:
             norm.num_batches_tracked.add_(1)
             if norm.momentum is None:
                 factor = 1 / float(norm.num_batches_tracked)
@@ -220,8 +256,8 @@ class BatchNorm(Operation):
             x,
             norm.weight,
             norm.bias,
-            norm.running_mean,
-            norm.running_var,
+            norm.running_mean if tracks else None,
+            norm.running_var if tracks else None,
             by_batch,
             factor,
             norm.eps,
@@ -291,10 +327,26 @@ class Drop(Operation):
 OPERATIONS: dict[type[nn.Module], type[Operation]] = {
     **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), Convolution),
     **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), BatchNorm),
-    **dict.fromkeys((FrozenBatchNorm1d, FrozenBatchNorm2d, FrozenBatchNorm3d), BatchNorm),
+    **dict.fromkeys(FROZEN.values(), BatchNorm),
     nn.ReLU: Rectifier,
     DropPath: Drop,
 }
+# What computes the same whenever it is called with the same input; what it may hold inside is in here too.
+REPEATABLE: frozenset[type[nn.Module]] = frozenset(
+    {
+        *(set(OPERATIONS) - {DropPath}), *SYNCHRONISED.values(),
+        SqueezeExcite, EfficientChannelAttention, AveragePool, BlurPool, ZeroPad,
+        nn.Identity, nn.Sequential, nn.GroupNorm,
+        nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d,
+        nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d,
+        nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d,
+        nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d,
+        nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
+        nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d,
+        nn.SiLU, nn.GELU, nn.Mish, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.ReLU6, nn.LeakyReLU, nn.PReLU,
+        nn.ELU, nn.Sigmoid, nn.Tanh,
+    }
+)  # fmt: skip
 
 
 class Back(NamedTuple):
@@ -319,13 +371,13 @@ class Back(NamedTuple):
 class Chain:
     """Operations in a row, with a shortcut: one forward pass that keeps some values, and one backward from those."""
 
-    def __init__(self, parent: nn.Module, steps: tuple[Step, ...], keep: frozenset[int]) -> None:
+    def __init__(self, modules: Sequence[nn.Module | None], steps: tuple[Step, ...], keep: frozenset[int]) -> None:
         self.steps, self.keep = steps, sorted(keep)
-        modules = [parent.get_submodule(step.name) if step.name else None for step in steps]
         self.operations = [None if each is None else OPERATIONS.get(type(each), Operation)(each) for each in modules]
         self.parameters = [parameter for each in modules if each is not None for parameter in each.parameters()]
         self.last_read = {value: place for place, step in enumerate(steps, 1) for value in step.inputs}
         self.values: dict[int, Tensor] = {}
+        self.dtypes: list[torch.dtype] = []  # of the values: autocast leaves them in several
         self.made: list[Made] = []
 
     def is_own(self, value: int, place: int) -> bool:
@@ -336,7 +388,7 @@ class Chain:
 
     def run(self, x: Tensor) -> Tensor:
         """The output; what is to be kept stays in `values` and `made`."""
-        self.values, self.made = {0: x}, []
+        self.values, self.made, self.dtypes = {0: x}, [], [x.dtype]
         for place, (step, operation) in enumerate(zip(self.steps, self.operations, strict=True), 1):
             own = self.is_own(step.inputs[0], place)
             made: Made = ()
@@ -348,6 +400,7 @@ class Chain:
                     first.add_(*others) if own and first.dtype == others[0].dtype else first + others[0]
                 )
             self.made.append(made)
+            self.dtypes.append(self.values[place].dtype)
             for value in step.inputs:
                 if self.last_read[value] == place and value not in self.keep:
                     self.values.pop(value, None)
@@ -378,9 +431,10 @@ class Chain:
                 found = dx
             self.values.pop(place, None)
             for value in step.inputs:
+                grad = found.to(self.dtypes[value])
                 if value in grads:
-                    found = found.add_(grads[value]) if fresh else found + grads[value]
-                grads[value] = found
+                    grad = grad.add_(grads[value]) if fresh else grad + grads[value]
+                grads[value] = grad
         return grads.get(0), of_parameters
 
 
