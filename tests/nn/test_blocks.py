@@ -118,6 +118,16 @@ def test_both_shapes_are_named():
         BottleneckBlock(64, 64, 2, conv_bn(64, 128, 2))
 
 
+def test_a_kind_of_ones_own_has_no_layers():
+    class Half(BottleneckBlock):
+        kind = "half"
+
+    with pytest.raises(SpecError, match="Half calls its kind 'half'.*leave `kind` as its base has it"):
+        Half(64, 16)
+    with pytest.raises(SpecError, match="leave `kind`"):
+        Half.from_spec(BlockSpec(kind="half", in_channels=64, mid=16, out_channels=64))
+
+
 def test_the_probe_leaves_the_shortcut_alone():
     shortcut = conv_bn(64, 256, 2).train()
     before = {key: value.clone() for key, value in shortcut.state_dict().items()}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from isthmus.arch import block as paper
 from isthmus.arch.block import Activation, AntiAlias, Attention, BlockSpec, Norm, Shortcut
-from isthmus.errors import ShortcutError
+from isthmus.errors import ShortcutError, SpecError
 from isthmus.nn.layers import ACTIVATION, DropPath, EfficientChannelAttention, SqueezeExcite, add_layer, make_layer
 
 __all__ = ["BLOCKS", "BasicBlock", "BottleneckBlock", "PreActBottleneckBlock", "make_shortcut", "projection"]
@@ -120,6 +120,11 @@ class ResidualBlock(nn.Module):
 
     def build(self, spec: BlockSpec, downsample: nn.Module | None) -> None:
         """Register the layers of `spec` in the order of timm's state dict."""
+        if spec.kind not in BLOCKS:
+            raise SpecError(
+                f"{type(self).__name__} calls its kind {spec.kind!r}, which has no layers: leave `kind` as its base "
+                f"has it, one of {', '.join(BLOCKS)}"
+            )
         self.spec = spec
         self.adds = spec.shortcut != "none"
         self.projects = spec.shortcut in ("conv1", "conv3", "avg", "custom")
