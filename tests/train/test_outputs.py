@@ -1,7 +1,9 @@
 """What a frozen prefix gives: the maps of the network, equal bits from the disk and computed, in the loader's order."""
 
+import importlib
 import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from torch import nn
 
 import isthmus
 from isthmus.arch.plan import plan
@@ -24,11 +27,14 @@ from isthmus.data.loader import Loader
 from isthmus.data.order import sample_generator
 from isthmus.data.transform import normalise
 from isthmus.errors import RunError
+from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
+from isthmus.nn.block import BottleneckBlock
 from isthmus.nn.freeze import freeze, frozen_sums, require_unmoved
+from isthmus.nn.memory import save_memory, work_in_place
 from isthmus.nn.network import ResNet
 from isthmus.train import outputs as module
 from isthmus.train import rows as rows_module
-from isthmus.train.features import with_head
+from isthmus.train.features import extract, with_head
 from isthmus.train.outputs import PrefixOutputs, turned, turns_of
 from isthmus.train.prefix import Prefix, frozen_at
 from isthmus.train.recipe import Recipe
@@ -36,7 +42,7 @@ from isthmus.train.reporter import Reporter
 from isthmus.train.rows import Rows
 from isthmus.train.step import Behind
 from oracles import ours, picture, random_state, relative_error, small
-from small_runs import Recorder, network
+from small_runs import SPEC, Recorder, network
 
 FLIPS = Augment(crop_scale=(), vflip=True)
 LAST = HeadSpec()
@@ -271,6 +277,132 @@ def test_a_first_batch_does_not_look_for_all_rows(data, net, here, monkeypatch):
     next(source.batches(loader(data, net), 0))
     assert len(looked) == source.rows.known.sum() == 6
     assert max(len(rows) for rows, _ in source.all()) == 6
+
+
+def key(net, data, here, until="layer2"):
+    return module.fingerprint(net, Prefix(net, until, here, "fp32"), data.train, net.preprocess, (0,))
+
+
+class Twice(BottleneckBlock):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def become_twice(net):
+    net.layer1[0].__class__ = Twice
+
+
+CHANGES = {
+    "no pool": lambda net: net.add_module("maxpool", nn.Identity()),
+    "another pool": lambda net: net.add_module("maxpool", nn.MaxPool2d(2)),
+    "another first activation": lambda net: net.add_module("act1", nn.SiLU()),
+    "another activation": lambda net: net.layer1[0].add_module("act1", nn.SiLU()),
+    "no activation": lambda net: net.layer1[0].add_module("act1", nn.Identity()),
+    "an own subclass": become_twice,
+    "eps": lambda net: setattr(net.layer1[0].bn1, "eps", 0.5),
+    "dilation": lambda net: setattr(net.layer1[0].conv2, "dilation", (2, 2)),
+    "no shortcut": lambda net: setattr(net.layer1[0], "adds", False),
+}
+
+
+def test_other_layers_make_another_key(data, here):
+    keys = {"usual": key(network(), data, here)}
+    for name, change in CHANGES.items():
+        net = network()
+        change(net)
+        keys[name] = key(net, data, here)
+    assert len(set(keys.values())) == len(keys) == 10, keys
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        work_in_place,
+        freeze_batchnorm,
+        synchronise_batchnorm,
+        lambda net: save_memory(net, "checkpoint"),
+        lambda net: save_memory(net, "recompute"),
+        lambda net: net.train(),
+        lambda net: setattr(net.layer3[0].bn1, "eps", 0.5),
+    ],
+)
+def test_what_layers_do_in_training_makes_no_other_key(data, here, change):
+    net = random_net("resnet26d").float()
+    before = key(net, data, here)
+    change(net)
+    assert key(net, data, here) == before
+
+
+OWN = """
+from isthmus.nn.block import BottleneckBlock
+
+def scaled(x):
+    return {scale} * x
+
+class Own(BottleneckBlock):
+    def forward(self, x):
+        return scaled(super().forward(x))
+"""
+
+
+def with_own_blocks(own):
+    spec = replace(SPEC, num_classes=2, stages=tuple(replace(stage, block="own") for stage in SPEC.stages))
+    net = isthmus.create(spec, blocks={"own": own})
+    net.load_state_dict(random_state(net, 0))
+    net.preprocess = network().preprocess
+    freeze(net.float(), "layer1")
+    return net.train()
+
+
+def test_an_own_block_whose_code_changes_is_computed_anew(data, here, counted, tmp_path, monkeypatch):
+    """In its file, which another function stands in; and by a number that it holds."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for number, scale in enumerate((1.0, 3.0, 3.0)):
+        (tmp_path / "own_blocks.py").write_text(OWN.format(scale=scale))
+        importlib.invalidate_caches()
+        sys.modules.pop("own_blocks", None)
+        shutil.rmtree(tmp_path / "__pycache__", ignore_errors=True)  # which goes by seconds and sizes
+        net = with_own_blocks(importlib.import_module("own_blocks").Own)
+        counted.clear()
+        source, made = outputs(data, net, here, until="layer1"), loader(data, net)
+        for found, wanted in zip(source.batches(made, 0), made.epoch(0), strict=True):
+            with torch.no_grad():
+                maps = net.features(normalise(wanted.images, net.preprocess), ("layer1",))
+            assert relative_error(found.given.images, maps["layer1"]) <= 1e-5
+        assert bool(counted) == (number < 2)
+    net.layer1[0].times = 3
+    assert outputs(data, net, here, until="layer1").rows.path != source.rows.path
+    sys.modules.pop("own_blocks")
+
+
+def typed_in():
+    namespace = {"__name__": "__main__"}
+    exec(OWN.format(scale=2.0), namespace)
+    return namespace["Own"]
+
+
+def made_with(scale):
+    class Own(BottleneckBlock):
+        def forward(self, x):
+            return scale * super().forward(x)
+
+    return Own
+
+
+@pytest.mark.parametrize("own", [typed_in(), made_with(2.0)], ids=["typed in", "made in a function"])
+def test_nothing_is_kept_where_code_is_unknown(data, here, own):
+    net = with_own_blocks(own)
+    assert key(net, data, here, "layer1") is None
+    prefix = Prefix(net, "layer1", here, "fp32")
+    assert PrefixOutputs.where_possible(net, prefix, loader(data, net), Reporter()) is None
+    recorder = Recorder()
+    found = extract(net, data.train, here, "fp32", recorder)
+    assert "a class of your own in the network" in recorder.lines[0]
+    pictures = Loader(pictures=data.train, record=net.preprocess, train=False, batch_size=len(data.train)).epoch(0)
+    with torch.no_grad():
+        maps = net.eval().features(normalise(next(pictures).images, net.preprocess), ("last",))
+    assert relative_error(found[0], net.pool(maps["last"])) <= 1e-5
+    assert not list(cache_folder("features").glob("*.rows"))
 
 
 def test_a_prefix_that_pools_everything_keeps_no_maps(data, here):

@@ -37,10 +37,14 @@ def with_head(net: ResNet, head: HeadSpec, num_classes: int) -> ResNet:
 def extract(net: ResNet, pictures: Pictures, machine: Machine, precision: Precision, reporter: Reporter) -> Tensor:
     """Pooled features (views, N, features) of `pictures` in the views of `net.preprocess`, fp32.
 
-    They are cached; interrupted, those computed so far are kept.
+    They are cached, unless `fingerprint` gives None; interrupted, those computed so far are kept.
     """
     record, prefix = net.preprocess, Prefix(net, "trunk", machine, precision)
     outputs = PrefixOutputs(net, prefix, pictures, record, turns_of_views(record.views), reporter)
+    if outputs.rows.path is None:
+        reporter.say(
+            "features are not kept for next time: a class of your own in the network is not at the top level of a file"
+        )
     views, done = len(record.views), 0
     values = torch.empty(len(pictures) * views, net.plan.num_features)
     for rows, found in outputs.all():

@@ -1,6 +1,7 @@
 """What a frozen prefix makes of each picture in each way it can be seen: computed once, kept on the disk."""
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -10,7 +11,7 @@ from itertools import product
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus import records
 from isthmus.arch.preprocess import Preprocess
@@ -21,6 +22,7 @@ from isthmus.data.loader import Batch, Loader
 from isthmus.data.order import earlier, sample_generator
 from isthmus.data.pictures import Pictures
 from isthmus.data.transform import normalise
+from isthmus.nn.layers import DropPath
 from isthmus.nn.network import ResNet
 from isthmus.runtime import versions
 from isthmus.train.prefix import Given, Prefix
@@ -80,8 +82,8 @@ class Computed(Batch):
 class PrefixOutputs:
     """Outputs of a prefix for `pictures` under `record`, in the turns `seen`: a row is one picture in one turn.
 
-    They are kept in the cache, by weights, preprocessing, precision, machine and pictures, and have the same bits
-    whether they are read or computed, and in whatever company.
+    They are kept in the cache, by layers, weights, preprocessing, precision, machine and pictures, and have the same
+    bits whether they are read or computed, and in whatever company. None are kept where `fingerprint` gives None.
     """
 
     def __init__(
@@ -106,16 +108,18 @@ class PrefixOutputs:
         key = fingerprint(net, prefix, self.pictures, record, self.seen)
         what = f"the outputs of {prefix.after} for {len(pictures)} pictures in {len(self.seen)} turns"
         count = len(pictures) * len(self.seen)
-        self.rows = Rows(cache_folder("features") / f"{key}.rows", count, width, what, reporter)
+        path = cache_folder("features") / f"{key}.rows" if key else None
+        self.rows = Rows(path, count, width, what, reporter)
 
     @classmethod
     def where_possible(cls, net: ResNet, prefix: Prefix, loader: Loader, reporter: Reporter) -> "PrefixOutputs | None":
-        """Those for a training loader; None where there is no prefix, or pictures are seen in too many ways."""
+        """Those for a training loader; None where there is no prefix, pictures have too many looks or none is kept."""
         seen = turns_of(loader.augment) if loader.augment and loader.on_error == "raise" else ()
         if not prefix.after or not seen:
             return None
         record = loader.record.at(loader.size) if loader.size else loader.record
-        return cls(net, prefix, loader.pictures, record, seen, reporter)
+        made = cls(net, prefix, loader.pictures, record, seen, reporter)
+        return made if made.rows.path else None
 
     def compute(self, rows: NDArray[np.int64]) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8]]]:
         """Rows and their bytes (n, width), in the order given, kept where there is room."""
@@ -232,15 +236,50 @@ class PrefixOutputs:
             yield values
 
 
-def fingerprint(net: ResNet, prefix: Prefix, pictures: Pictures, record: Preprocess, seen: Sequence[int]) -> str:
-    """A hash of all that decides the outputs: the network as far as it is run, its weights, machine, pictures."""
+SETTINGS = (int, float, str, tuple, list)
+FREE = {"training", "inplace", "in_place", "memory"}
+"""Settings of modules that decide how they work, not what they give in evaluation."""
+
+
+def described(net: ResNet, parts: set[str]) -> list[str]:
+    """Class and settings of each module in `parts`, and the files that define classes of the caller's own.
+
+    Raises OSError or TypeError where there is no such file, as for what was typed into an interpreter, and for a class
+    made in a function, whose variables it may use.
+    """
+    found, own = [], set()
+    for name, module in net.named_modules():
+        if name.partition(".")[0] not in parts or type(module) in (nn.Identity, DropPath):
+            continue
+        # These two files have classes that do in evaluation what their bases do.
+        kinds = [k for k in type(module).__mro__ if k.__module__ not in ("isthmus.nn.batchnorm", "isthmus.nn.memory")]
+        settings = [(k, v) for k, v in sorted(vars(module).items()) if isinstance(v, SETTINGS) and k not in FREE]
+        found.append(f"{name}: {kinds[0].__module__}.{kinds[0].__qualname__} {settings}")
+        own |= {kind for kind in kinds if kind.__module__.partition(".")[0] not in ("isthmus", "torch", "builtins")}
+    if made := [kind.__qualname__ for kind in own if "<locals>" in kind.__qualname__]:
+        raise TypeError(made[0])
+    # The whole file, because a class may use what stands beside it.
+    return found + sorted({"".join(inspect.findsource(kind)[0]) for kind in own})
+
+
+def fingerprint(net: ResNet, prefix: Prefix, pictures: Pictures, record: Preprocess, seen: Sequence[int]) -> str | None:
+    """A hash of all that decides the outputs: the network as far as it is run, its weights, machine, pictures.
+
+    None where the code of a layer, which decides as well, is not to be had: see `described`.
+    """
     depth = net.stages.index(prefix.after) + 1 if prefix.after in net.stages else 0
-    parts = {"conv1", "bn1", "maxpool", *net.stages[:depth], *(["norm"] if "last" in prefix.taps else [])}
+    parts = {"conv1", "bn1", "act1", "maxpool", *net.stages[:depth]}
+    parts |= {"norm", "act"} if "last" in prefix.taps else set()
+    try:
+        modules = described(net, parts)
+    except (OSError, TypeError):
+        return None
     spec = replace(
         net.spec, head=HeadSpec(), num_classes=0, drop_path=0.0, name="", stages=net.spec.stages[: max(depth, 1)]
     )
-    described = {
+    facts = {
         "spec": records.to_dict(spec),
+        "modules": modules,
         "reads": [prefix.after, prefix.needs_map, prefix.taps, net.spec.head.pools],
         "preprocess": records.to_dict(replace(record, views=("identity",))),
         "turns": seen,
@@ -248,7 +287,7 @@ def fingerprint(net: ResNet, prefix: Prefix, pictures: Pictures, record: Preproc
         "machine": prefix.machine,
         "versions": versions(),
     }
-    digest = hashlib.sha256(json.dumps(described).encode())
+    digest = hashlib.sha256(json.dumps(facts).encode())
     for index in range(len(pictures)):
         digest.update(json.dumps(pictures.identity(index)).encode())
     for key, value in net.state_dict().items():

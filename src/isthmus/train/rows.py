@@ -23,16 +23,19 @@ class Rows:
 
     Before the rows lies a CRC-32 of each, 0 where there is none. A row counts when its sum is right: one that was
     torn when the machine went down, or damaged since, is absent and will be written again. Processes may share the
-    file, as long as they write the same bytes into the same row.
+    file, as long as they write the same bytes into the same row. Without a path none are kept.
     """
 
-    def __init__(self, path: Path, count: int, width: int, what: str, reporter: Reporter) -> None:
+    def __init__(self, path: Path | None, count: int, width: int, what: str, reporter: Reporter) -> None:
         self.path, self.width, self.reporter = path, width, reporter
         self.start = -(-4 * count // PAGE) * PAGE
-        self.held = min(count, max(0, (budget() - self.start) // width))  # rows from here on have no place in the file
+        self.held = 0  # rows from here on have no place in the file
         self.known = np.zeros(count, bool)  # read and found whole, or written by this process
+        if path is None:
+            return
+        self.held = min(count, max(0, (budget() - self.start) // width))
         try:
-            self._open(count)
+            self._open(path, count)
         except OSError as error:
             self._give_up(error)
         else:
@@ -42,19 +45,19 @@ class Rows:
                     f"{self.held / count:.0%} of it; the rest is computed each time; $ISTHMUS_CACHE_GB gives more room"
                 )
 
-    def _open(self, count: int) -> None:
-        found = self.path.stat().st_size if self.path.is_file() else 0
+    def _open(self, path: Path, count: int) -> None:
+        found = path.stat().st_size if path.is_file() else 0
         self.held = max(self.held, min(count, (found - self.start) // self.width))
         if not self.held:
             return
         size = self.start + self.held * self.width
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_name(".lock")):  # or another process shrinks it again, or removes it meanwhile
-            self.path.touch()  # used just now, so others go first when room is made
-            if (found := self.path.stat().st_size) < size:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(".lock")):  # or another process shrinks it again, or removes it meanwhile
+            path.touch()  # used just now, so others go first when room is made
+            if (found := path.stat().st_size) < size:
                 make_room(size - found)
-                os.truncate(self.path, size)
-            self.file = self.path.open("r+b", buffering=0)
+                os.truncate(path, size)
+            self.file = path.open("r+b", buffering=0)
         weakref.finalize(self, self.file.close)
         self.sums = np.memmap(self.file, np.uint32, "r", shape=(count,))
         self.rows = np.memmap(self.file, np.uint8, "r", offset=self.start, shape=(self.held, self.width))
