@@ -122,7 +122,7 @@ def test_a_kind_of_ones_own_has_no_layers():
     class Half(BottleneckBlock):
         kind = "half"
 
-    with pytest.raises(SpecError, match="Half calls its kind 'half'.*leave `kind` as its base has it"):
+    with pytest.raises(SpecError, match=r"Half calls its kind 'half'.*leave `kind` as its base has it"):
         Half(64, 16)
     with pytest.raises(SpecError, match="leave `kind`"):
         Half.from_spec(BlockSpec(kind="half", in_channels=64, mid=16, out_channels=64))

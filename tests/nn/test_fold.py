@@ -185,3 +185,31 @@ def test_own_blocks_do_not_fold():
     spec = NetSpec(stages=(StageSpec(depth=1, mid=8, out=8, block="own"),))
     with pytest.raises(SpecError, match="blocks own"):
         fold(ResNet(plan(spec, 32), blocks={"own": Own}))
+
+
+EXCHANGED = {
+    "maxpool": nn.Identity(),
+    "layer1.0.act1": nn.SiLU(),
+    "layer1.1.se": nn.Sigmoid(),
+    "layer2.0.conv1": nn.Conv2d(64, 128, 3, 2, 1, bias=False, padding_mode="reflect"),
+    "layer2.0.extra": nn.Identity(),
+}
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("name", EXCHANGED)
+def test_exchanged_modules_are_named(name, norm):
+    net = random_net(replace(variant("resnet18"), norm=norm))
+    parent, _, last = name.rpartition(".")
+    net.get_submodule(parent).add_module(last, EXCHANGED[name])
+    with pytest.raises(SpecError, match=f"^{name} is not as the network's plan has it"):
+        fold(net) if norm == "batch" else insert_batchnorm(net, [picture(2, 3, 64, 64)])
+
+
+def test_a_norm_and_a_head_of_ones_own_fold_as_they_are():
+    net = random_net(variant("resnet18"))
+    net.layer1[0].bn1.eps, net.layer1[0].bn1.momentum = 0.1, None
+    net.fc = nn.Sequential(nn.Dropout(0.5), nn.Linear(512, 3)).double().eval()
+    x = picture(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert relative_error(fold(net)(x), net(x)) <= TOLERANCE

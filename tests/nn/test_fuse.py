@@ -10,8 +10,11 @@ from torch import nn
 from isthmus.arch.plan import plan
 from isthmus.arch.spec import NetSpec, StageSpec
 from isthmus.arch.variants import variant
+from isthmus.nn.batchnorm import freeze_batchnorm, synchronise_batchnorm
+from isthmus.nn.block import BottleneckBlock
 from isthmus.nn.fold import fold
 from isthmus.nn.fuse import FusedBlock, FusedConv, fast_form, fuses
+from isthmus.nn.memory import save_memory, work_in_place
 from isthmus.nn.network import ResNet
 from oracles import ours, picture, random_state, relative_error, trimmed
 
@@ -140,3 +143,77 @@ def test_own_blocks_are_copied():
     with torch.no_grad():
         found = fast_form(net, ("last",), CPU, torch.float32).features(x)["last"]
         assert relative_error(found, net.features(x)["last"]) <= 1e-5
+
+
+class Loud(BottleneckBlock):
+    """A block of one's own, with the modules of ours."""
+
+    def forward(self, x):
+        return self.act(0.5 * self.main(x) + self.shortcut(x))
+
+    def main(self, x):
+        out = self.act2(self.bn2(self.conv2(self.act1(self.bn1(self.conv1(x))))))
+        return self.bn3(self.conv3(out))
+
+
+def reflect(net):
+    net.layer1[0].conv2.padding_mode = "reflect"
+    net.layer1[0].conv2._reversed_padding_repeated_twice = [1, 1, 1, 1]
+
+
+def dilate(net):
+    net.layer1[0].conv2.dilation = net.layer1[0].conv2.padding = (2, 2)
+
+
+CHANGES = {
+    "own class": lambda net: setattr(net.layer1[0], "__class__", Loud),
+    "no pool": lambda net: setattr(net, "maxpool", nn.Identity()),
+    "activation": lambda net: setattr(net.layer1[0], "act1", nn.SiLU()),
+    "activation of the stem": lambda net: setattr(net, "act1", nn.LeakyReLU()),
+    "attention": lambda net: setattr(net.layer1[0], "se", nn.Sigmoid()),
+    "norm": lambda net: setattr(net.layer1[0], "bn2", nn.GroupNorm(4, 64)),
+    "edges": reflect,
+    "dilation": dilate,
+}
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_network_is_copied_with_its_changes(change, norm):
+    net = random_net(replace(trimmed(variant("resnet26"))[0], norm=norm))
+    before = copy.deepcopy(net)
+    CHANGES[change](net)
+    x = picture(2, 3, 64, 64).float()
+    with torch.no_grad():
+        found, wanted = (each.features(x)["last"] for each in (fast_form(net, ("last",), CPU, torch.float32), net))
+        assert relative_error(found, wanted) <= 1e-5
+        unchanged = before.features(x)["last"]
+        assert unchanged.shape != wanted.shape or relative_error(unchanged, wanted) > 1e-4
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+def test_a_subclass_of_ones_own_is_copied(norm):
+    stages = tuple(replace(stage, block="loud") for stage in trimmed(variant("resnet26"))[0].stages)
+    spec = replace(variant("resnet26"), stages=stages, norm=norm)
+    net = ResNet(plan(spec, 64), blocks={"loud": Loud})
+    net.load_state_dict(random_state(net))
+    net, x = net.float().eval(), picture(2, 3, 64, 64).float()
+    with torch.no_grad():
+        found = fast_form(net, ("last",), CPU, torch.float32).features(x)["last"]
+        assert relative_error(found, net.features(x)["last"]) <= 1e-5
+
+
+@needs_onednn
+def test_what_changes_nothing_in_evaluation_is_still_fused():
+    net = random_net(trimmed(variant("resnet26"))[0])
+    freeze_batchnorm(net.layer1)
+    synchronise_batchnorm(net.layer2)
+    work_in_place(net)
+    save_memory(net, "recompute")
+    net.fc = nn.Sequential(nn.Dropout(0.5), nn.Linear(2048, 3))
+    net.layer3[0].bn1.momentum = 0.01
+    net.eval()
+    form, x = fast_form(net, ("last",), CPU, torch.float32), picture(2, 3, 64, 64).float()
+    assert isinstance(form.layer1[0], FusedBlock)
+    with torch.no_grad():
+        assert relative_error(form.features(x)["last"], net.features(x)["last"]) <= 1e-5

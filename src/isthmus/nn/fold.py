@@ -3,8 +3,10 @@
 In evaluation a batch norm is one scale and one shift a channel, which the convolution's weight and a bias can carry.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -12,12 +14,17 @@ from torch import Tensor, nn
 
 from isthmus.arch.plan import Plan
 from isthmus.errors import SpecError
-from isthmus.nn.batchnorm import BatchNorm
+from isthmus.nn.batchnorm import FROZEN, BatchNorm
+from isthmus.nn.block import BLOCKS
+from isthmus.nn.memory import Stage
 from isthmus.nn.network import ResNet
 
-__all__ = ["fold", "fold_tensors", "insert_batchnorm"]
+__all__ = ["exchanged", "fold", "fold_tensors", "insert_batchnorm"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+Kinds = dict[str, tuple[type[nn.Module], str]]
+# Classes that differ in training alone.
+SAME: dict[type[nn.Module], type[nn.Module]] = {**FROZEN, Stage: nn.Sequential}
 
 
 def fold_tensors(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -42,13 +49,50 @@ def pairs(net: ResNet) -> list[tuple[str, str]]:
     return found
 
 
+def exchanged(net: ResNet) -> str:
+    """The name of the first module before the classifier that is not as the plan has it; none: all are."""
+    if own := [block.name for block in net.plan.blocks if block.spec.kind not in BLOCKS]:
+        return own[0]
+    found, wanted = kinds(net), planned_kinds(net.plan)
+    names = [*found, *(name for name in wanted if name not in found)]
+    return next((name or "the network" for name in names if found.get(name) != wanted.get(name)), "")
+
+
+@lru_cache(maxsize=16)
+def planned_kinds(plan: Plan) -> Kinds:
+    """The modules of a plan's network."""
+    with torch.device("meta"):
+        return kinds(ResNet(plan))
+
+
+def kinds(net: ResNet) -> Kinds:
+    """The class of each module before the classifier and how it was made, as far as evaluation goes, by its name."""
+    found: Kinds = {}
+    for name, module in net.named_modules():
+        kind = SAME.get(type(module), type(module))
+        # Of a norm, what the class leaves open is in its tensors and its eps, which are folded as they are.
+        made = "" if isinstance(module, BatchNorm) else module.extra_repr().replace("inplace=True", "")
+        if name.partition(".")[0] != "fc":
+            found[name] = kind, made
+    return found
+
+
 def sibling(net: ResNet, norm: str) -> ResNet:
-    """A network of the same plan with another norm, on the same device and in the same precision and mode."""
+    """A network of the same plan with another norm, on the same device and in the same precision and mode.
+
+    Raises SpecError for one whose modules are not the plan's; only the classifier comes along as it is.
+    """
+    if changed := exchanged(net):
+        raise SpecError(
+            f"{changed} is not as the network's plan has it, and a network made from the plan would be another: "
+            f"evaluate this one as it is"
+        )
     first = next(net.parameters())
     with torch.device("meta"):
         other = ResNet(Plan(replace(net.spec, norm=norm), net.plan.image_size))  # type: ignore[arg-type]
     # Buffers that no state dict holds (blur filters) come from a real network's constructor, so they are copied too.
     other = other.to_empty(device=first.device).to(first.dtype)
+    other.fc = copy.deepcopy(net.fc)
     buffers = dict(net.named_buffers())
     for name, buffer in other.named_buffers():
         if name in buffers:
@@ -60,7 +104,8 @@ def sibling(net: ResNet, norm: str) -> ResNet:
 def fold(net: ResNet) -> ResNet:
     """A network without batch norm that computes what `net` computes in evaluation (norm `none`, biased convolutions).
 
-    Raises SpecError for networks that are not batch-normalised or not post-activation, and for a caller's own blocks.
+    Raises SpecError for networks that are not batch-normalised or not post-activation, for a caller's own blocks, and
+    for one in which modules were exchanged.
     """
     kinds = {stage.block for stage in net.spec.stages}
     if net.spec.norm != "batch" or not kinds <= {"bottleneck", "basic"}:
@@ -85,7 +130,8 @@ def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
     The running statistics are those of `batches` (each (N, C, H, W), preprocessed), so that training mode starts
     close to evaluation mode; scale and shift undo them exactly. Weights are rescaled to the size of He et al. 2015's
     initialisation, which batch norm undoes too: a stem that was trained on pixels of 0..255 has weights so small that
-    one step at a usual rate would overwrite them. Raises SpecError unless the norm is `none`.
+    one step at a usual rate would overwrite them. Raises SpecError unless the norm is `none` and every module the
+    plan's.
     """
     if net.spec.norm != "none":
         raise SpecError(f"batch norm can be inserted into a network with norm 'none'; this one has {net.spec.norm!r}")

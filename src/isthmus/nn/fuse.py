@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import SpecError
 from isthmus.nn.block import ResidualBlock
-from isthmus.nn.fold import fold
+from isthmus.nn.fold import exchanged, fold
 from isthmus.nn.layers import DropPath
 from isthmus.nn.network import ResNet
 
@@ -22,12 +22,14 @@ __all__ = ["fast_form"]
 def fast_form(net: ResNet, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> ResNet:
     """A copy of `net` for its maps `names` in evaluation, without classifier or later stages; not to train or save.
 
-    Pre-activation and group-normalised networks and a caller's own blocks cannot fold and are copied as they are.
+    Pre-activation and group-normalised networks, a caller's own blocks and networks in which modules were exchanged
+    cannot fold and are copied as they are.
     """
     try:
         form = fold(net)
     except SpecError:
         form = copy.deepcopy(net)
+    known = form.spec.norm == "none" and not form.spec.preact and not exchanged(form)
     deepest = (
         len(net.stages)
         if "last" in names
@@ -39,7 +41,7 @@ def fast_form(net: ResNet, names: Sequence[str], device: torch.device, dtype: to
     form = form.eval().requires_grad_(requires_grad=False).to(device, dtype)
     if form.spec.dims == 2:
         form.to(memory_format=torch.channels_last)
-    if form.spec.norm == "none" and not form.spec.preact and fuses(device, dtype):
+    if known and fuses(device, dtype):
         fuse(form)
     return form
 
