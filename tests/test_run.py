@@ -30,7 +30,7 @@ from isthmus.weights.files import WRITERS
 from isthmus.weights.source import open_source
 from small_runs import SPEC, Recorder, class_folders, copied, network, paths, same, same_files, weights
 
-LEFT = {"recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
+LEFT = {".lock", "recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
 TRAINED = LEFT | {"best.safetensors", "checkpoints", "start.safetensors", "tensorboard"}
 
 
@@ -332,7 +332,10 @@ def test_a_stopped_run_goes_on_to_the_same_model(name, stops, pictures, start, t
         path.unlink()
     with pytest.raises(KeyboardInterrupt, match=f"go on with: isthmus train --resume {tmp_path / 'stopped'}"):
         fit(made, tmp_path / "stopped", reporter=Stops(*stops))
-    with pytest.raises(RunError, match=r"has no model\.safetensors; is it a run folder, and did the run finish"):
+    with pytest.raises(
+        RunError,
+        match=r"has no model\.safetensors; (is it a run|the run is not finished)",
+    ):
         predict(tmp_path / "stopped", pictures)
     found = fit(made, tmp_path / "stopped", resume=True)
     assert found.scores.to_dict() == wanted.scores.to_dict()
@@ -342,10 +345,12 @@ def test_a_stopped_run_goes_on_to_the_same_model(name, stops, pictures, start, t
 def test_a_lost_checkpoint_is_said(pictures, start, tmp_path):
     made = recipe("finetune", data=str(pictures), weights=str(start["plain"]), head="linear", **QUICK)
     wanted, recorder = fit(made, tmp_path / "run"), Recorder()
+    before = copied(isthmus.load(wanted.folder))
     shutil.rmtree(wanted.folder / "checkpoints")
+    (wanted.folder / "model.safetensors").unlink()  # or the run would be finished
     found = fit(made, tmp_path / "run", resume=True, reporter=recorder)
     assert any(line.endswith("holds no checkpoint; training begins anew") for line in recorder.lines)
-    assert same(copied(isthmus.load(found.folder)), copied(isthmus.load(wanted.folder)))
+    assert same(copied(isthmus.load(found.folder)), before)
 
 
 def test_a_full_disk_while_saving_the_model(pictures, start, tmp_path, monkeypatch):
@@ -357,7 +362,7 @@ def test_a_full_disk_while_saving_the_model(pictures, start, tmp_path, monkeypat
     made = recipe("linear-probe", data=str(pictures), weights=str(start["plain"]))
     with pytest.raises(RunError, match=r"cannot write .*run/model\.safetensors: No space left on device"):
         fit(made, tmp_path / "run")
-    assert left_over(tmp_path / "run") == ["environment.json", "log.jsonl", "recipe.toml"]
+    assert left_over(tmp_path / "run") == [".lock", "environment.json", "log.jsonl", "recipe.toml"]
     monkeypatch.undo()
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     fit(made, tmp_path / "run", resume=True)

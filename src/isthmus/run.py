@@ -2,11 +2,11 @@
 
 import csv
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,20 @@ from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision, keep_freed_memory, machine, versions
 from isthmus.train.distributed import World, joined
 from isthmus.train.features import extract, with_head
+from isthmus.train.folder import (
+    ENVIRONMENT,
+    MODEL,
+    RECIPE,
+    SCORES,
+    START,
+    check_folder,
+    claimed,
+    finished,
+    free_folder,
+    holds_run,
+    own_pictures,
+    write_text,
+)
 from isthmus.train.log import Log
 from isthmus.train.loop import LOG, Interrupted, left_out, train_network
 from isthmus.train.probe import Choice, Features, Probe, choose, fit_head, probes_of
@@ -47,8 +61,6 @@ __all__ = ["Prediction", "Run", "evaluate", "export_run", "fit", "predict"]
 FOLDS = 3  # of the cross-validation that chooses a head
 COMPARED = 20  # pictures on which an exported file is compared with its network
 MEASURED_BATCHES = 8  # pictures × batches behind the statistics of a re-inserted batch norm
-MODEL, START = "model.safetensors", "start.safetensors"
-RECIPE, SCORES, ENVIRONMENT = "recipe.toml", "evaluation.json", "environment.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,16 +110,37 @@ def fit_in(
     began, here = time.perf_counter(), machine(world.device)
     if data is not None:  # so that a later `evaluate` does not take other pictures for these
         recipe = replace(recipe, data=data.name)
-    folder = Path(out) if out else free_folder(world)
-    resume = resume or (world.restarted and holds_run(folder))
-    check_folder(folder, recipe, resume=resume)
+    if out:
+        resume = resume or (world.restarted and holds_run(Path(out)))
+        check_folder(Path(out), recipe, resume=resume)
+    if resume and (scores := finished(Path(out))):
+        reporter.say(f"{out} is finished; to train on, begin another run from it: --weights {out}")
+        return Run(folder=Path(out), scores=scores, seconds=time.perf_counter() - began)
     data = data or open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     net = starting_network(recipe, data.classes)
+    check_sizes(recipe, net.preprocess, data, world)
+    folder = Path(out) if out else free_folder(world)
+    with claimed(folder, world, reporter):
+        return fit_there(world, recipe, folder, data, net, here, reporter, began, resume=resume)
+
+
+def fit_there(
+    world: World,
+    recipe: Recipe,
+    folder: Path,
+    data: DataSet,
+    net: ResNet,
+    here: Machine,
+    reporter: Reporter,
+    began: float,
+    *,
+    resume: bool,
+) -> Run:
+    """Train in the folder, which is this run's own, since the time `began`."""
     precision = recipe.precision_on(here)
     begins = not (resume and (folder / START).exists())
     world.barrier("the start")  # what one process makes would be there already to another
     if world.main:
-        make_folder(folder)
         write_text(folder / RECIPE, recipe.to_toml())
         write_text(folder / ENVIRONMENT, json.dumps(environment(here, precision, world), indent=2))
     world.barrier("the folder of the run")
@@ -142,37 +175,19 @@ def fit_in(
     return Run(folder=folder, scores=scores, seconds=seconds)
 
 
-def free_folder(world: World) -> Path:
-    """The next free number under runs/; raises RunError for several processes, which could not find it again."""
-    if world.size > 1:
-        raise RunError("several processes need one folder to go on in when they are started anew; name it with --out")
-    taken = {path.name for path in Path("runs").glob("*")}
-    return Path("runs") / str(next(number for number in range(1, len(taken) + 2) if str(number) not in taken))
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a run was started there."""
-    return os.path.isfile(folder / RECIPE)  # noqa: PTH113 - Path's own raises where a folder may not be read
-
-
-def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
-    """Raise RunError when the folder holds another run, or on `resume` none of `recipe`."""
-    if resume and not holds_run(folder):
-        raise RunError(f"{folder} holds no run to resume ({RECIPE} is missing)")
-    if resume and Recipe.from_file(folder / RECIPE) != recipe:
-        raise RunError(
-            f"{folder} was started with another recipe; go on with its own ({folder / RECIPE}), or start anew"
+def check_sizes(recipe: Recipe, record: Preprocess, data: DataSet, world: World) -> None:
+    """Raise RecipeError or DataError for sizes that the loaders of a run would refuse once its folder is there."""
+    if 0 < recipe.resized < (crop := recipe.train_size or record.crop):
+        raise RecipeError(f"resized is {recipe.resized} and crops have {crop} px; a crop is no larger than its picture")
+    for rank in range(world.size):
+        Loader(
+            pictures=data.train,
+            record=record,
+            batch_size=recipe.batch_size,
+            train=recipe.freeze != "trunk",
+            rank=rank,
+            ranks=world.size,
         )
-    if holds_run(folder) and not resume:
-        raise RunError(f"{folder} holds a run already; choose another --out, or go on with --resume {folder}")
-
-
-def make_folder(folder: Path) -> None:
-    """Make a folder and those above it; raises RunError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
 
 
 def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:
@@ -340,22 +355,25 @@ def evaluate(
     Raises DataError when the data has classes that the network does not know.
     """
     reporter, here, folder = reporter or Reporter(), machine(device), Path(run)
-    net = load(run)
+    net, own = load(run), own_pictures(folder, data)
     pictures = evaluation_pictures(folder, net.classes, data)
-    reporter.say(f"{len(pictures)} pictures")
-    loader = Loader(pictures=pictures, record=net.preprocess, batch_size=batch_size, train=False)
-    tally = Tally(net.classes)
-    for batch, logits in Inference(net, here, precision).run(loader):
-        tally.add(logits, batch.labels)
-        reporter.progress("evaluating", tally.seen, len(pictures))
-    return tally
+    kind = f"validation pictures of {own.data}" if own else f"pictures, all of {data}"
+    reporter.say(f"{len(pictures)} {kind}")
+    loader = Loader(
+        pictures=pictures,
+        record=net.preprocess,
+        batch_size=batch_size,
+        train=False,
+        on_error=own.unreadable if own else "raise",
+    )
+    scores = Inference(net, here, precision).evaluate(loader, progress=partial(reporter.progress, "evaluate"))
+    left_out(loader, "validation", World(), reporter)
+    return scores
 
 
 def evaluation_pictures(folder: Path, classes: tuple[str, ...], data: str) -> Pictures:
     """The pictures to evaluate, with labels in the order of the network's classes."""
-    path = folder / RECIPE
-    recipe = Recipe.from_file(path) if path.is_file() else None
-    if recipe is not None and data in ("", recipe.data):
+    if recipe := own_pictures(folder, data):
         found = open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed).val
     elif data:
         found = open_pictures(data)
@@ -439,16 +457,11 @@ def export_run(
     if pictures:
         found: Pictures | None = Pictures.unlabelled(list_pictures(*pictures))
     else:
-        found = evaluation_pictures(folder, net.classes, "") if (folder / RECIPE).is_file() else None
+        found = evaluation_pictures(folder, net.classes, "") if holds_run(folder) else None
     places = np.linspace(0, len(found) - 1, min(COMPARED, len(found))).astype(int) if found else ()
     channels = net.preprocess.channels
     pixels = [decode(found.read(place), channels, found.name(place)) for place in places] if found else []
     return export(net, out, preprocessing=preprocessing, pictures=pixels)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file in one step."""
-    atomic_write(path, lambda temporary: temporary.write_text(text + "\n", encoding="utf-8"))
 
 
 def environment(here: Machine, precision: Precision, world: World) -> dict[str, Any]:

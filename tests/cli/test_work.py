@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -108,6 +109,24 @@ def test_json_is_all_of_the_output(isthmus, pictures, start, tmp_path):
     assert {tuple(sorted(row["classes"])) for row in told} == {("flower", "temple")}
     assert all(sum(row["classes"].values()) == pytest.approx(1, abs=1e-5) for row in told)
     assert {row["error"] for row in told} == {""}
+
+
+def test_the_docs_name_every_field_of_a_run(isthmus, pictures, start, tmp_path):
+    told = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
+
+    def named(file: str) -> set[str]:
+        return set(re.findall(r"`(\w+)`", told.partition(f"## `{file}`")[2].partition("\n## ")[0]))
+
+    given = ("--data", str(pictures), "--weights", str(start))
+    tuning = ("--freeze", "none", "--head", "linear", "--epochs", "1", "--set", "clip_norm=1.0")
+    logged = set()
+    for number, options in enumerate([(), tuning]):
+        out = tmp_path / str(number)
+        assert isthmus("train", *given, *options, "--out", str(out)).status == 0
+        logged |= {name for line in (out / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
+    assert logged == named("log.jsonl") - {"clip_norm"}
+    scores = json.loads((out / "evaluation.json").read_text())
+    assert {*scores, *scores["per_class"][0], "top5"} == named("evaluation.json")
 
 
 def test_options_reach_the_recipe(isthmus, pictures, start, tmp_path):
@@ -228,7 +247,7 @@ def nothing(root: Path) -> None:
 
 REFUSED = {
     # what is there, the arguments (NEW is that), the culprit, the mend
-    "no data": (nothing, ("--weights", "START"), "--data is missing", "a folder of class folders"),
+    "no data": (nothing, ("--weights", "START"), "--data is missing", "a folder of class folders or shards"),
     "missing folder": (nothing, ("--data", "NEW", "--weights", "START"), "NEW does not exist", "name a folder"),
     "empty class": (empty_class, ("--data", "NEW", "--weights", "START"), "['nothing'] hold no", "fill them or remove"),
     "one class": (
@@ -266,7 +285,7 @@ REFUSED = {
         "'speed=3'",
         "known: data, weights",
     ),
-    "no value": (nothing, ("--data", "DATA", "--weights", "START", "--set", "lr"), "'lr'", "field=value"),
+    "no value": (nothing, ("--data", "DATA", "--weights", "START", "--set", "lr"), "'lr'", "e.g. lr=0.01"),
     "bad value": (nothing, ("--data", "DATA", "--weights", "START", "--set", "ema=2"), "ema is 2", "[0, 1)"),
     "bad rate": (nothing, ("--data", "DATA", "--weights", "START", "--lr", "-1"), "lr is -1.0", "above 0"),
     "freezing": (
@@ -287,8 +306,13 @@ REFUSED = {
         "device 'tpu'",
         "this machine has",
     ),
-    "resume nothing": (nothing, ("--resume", "NEW"), "NEW/recipe.toml", "No such file"),
-    "resume with options": (nothing, ("--resume", "NEW", "--lr", "1"), "--resume", "leave the other options out"),
+    "resume nothing": (nothing, ("--resume", "NEW"), "NEW holds no run to resume", "recipe.toml is missing"),
+    "resume with options": (
+        nothing,
+        ("--resume", "NEW", "--batch-size", "4", "--set", "ema=0.9", "--out", "x", "--seed", "0"),
+        "leave out --batch-size, --seed, --out, --set,",
+        "begin a new run from it with --weights",
+    ),
 }
 
 
@@ -358,7 +382,7 @@ def test_a_picture_that_fails_while_evaluating_is_named(isthmus, run, tmp_path):
     result = isthmus("eval", str(run), "--data", str(root))
     assert result.status == 2
     said, told = result.err.splitlines()
-    assert said == "7 pictures"
+    assert said == f"7 pictures, all of {root}"
     assert f"{root / 'flower' / '9.jpg'} is not a picture" in told
 
 
@@ -409,7 +433,7 @@ def test_ctrl_c_saves_and_the_rest_gives_the_same_model(isthmus, pictures, tmp_p
     assert not (stopped / "model.safetensors").exists()
     refused = isthmus("predict", str(stopped), str(pictures))
     assert refused.status == 2
-    assert "did the run finish?" in refused.err
+    assert "the run is not finished: take " in refused.err
 
     assert isthmus("train", "--resume", str(stopped)).status == 0
     assert same_files(straight / "model.safetensors", stopped / "model.safetensors")

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from isthmus.cli.options import Device, Json, Settings
-from isthmus.errors import RecipeError
+from isthmus.errors import RecipeError, RunError
 from isthmus.report.tables import console, print_table
 
 __all__ = ["evaluate", "predict", "train"]
@@ -57,13 +57,14 @@ def train(
     out
         The run folder; the next free number under runs/ unless given. Under torchrun it must be given.
     resume
-        A run folder to go on with; its recipe is used as it is.
+        A run folder to go on with; its recipe is used as it is. To train longer: a new run with --weights RUN.
     epochs
         Passes over the pictures.
     batch_size
         Pictures a step, over all processes.
     micro_batch
-        Pictures that a process holds at once; the steps stay those of the whole batch.
+        Pictures that a process holds at once; the steps stay those of the whole batch. Batch norms that train see
+        these alone: 16 or more is good.
     memory
         What is kept for backward: everything, the input of each block, or what is dear to compute again.
     lr
@@ -78,9 +79,11 @@ def train(
         Decides the split, the order and every random number.
     settings
         Any setting of the recipe, such as 'augment.vflip=true' or 'views=["identity"]'; may be repeated.
+        unreadable=skip goes on without pictures that cannot be read.
     """
     from isthmus.report.terminal import TerminalReporter
-    from isthmus.run import RECIPE, fit
+    from isthmus.run import fit
+    from isthmus.train.folder import RECIPE, holds_run
     from isthmus.train.loop import Interrupted
     from isthmus.train.recipe import Recipe, gradient_only, override
     from isthmus.train.recipes import recipe as named_recipe
@@ -102,14 +105,21 @@ def train(
     }
     given = {name: value for name, value in given.items() if value is not None}
     if resume is not None:
-        if given or settings or recipe or out:
-            raise RecipeError("--resume goes on with the run's own recipe; leave the other options out")
+        others = given | {"recipe": recipe, "out": out, "set": settings or None}
+        if others := {name: value for name, value in others.items() if value is not None}:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in others)
+            raise RecipeError(
+                f"--resume goes on with the run's own recipe; leave out {options}, or begin a new run from it "
+                f"with --weights {resume}"
+            )
+        if not holds_run(resume):
+            raise RunError(f"{resume} holds no run to resume ({RECIPE} is missing)")
         chosen = Recipe.from_file(resume / RECIPE)
     elif recipe is not None and recipe.endswith(".toml"):
         chosen = replace(Recipe.from_file(Path(recipe)), **given)
     else:
         if "data" not in given:
-            raise RecipeError("--data is missing: a folder of class folders, a .csv file, or elpv")
+            raise RecipeError("--data is missing: a folder of class folders or shards, a .csv file, hf:NAME, or elpv")
         usual = "scratch" if weights is None else "finetune" if freeze not in (None, "trunk") else "probe"
         chosen = named_recipe(recipe or usual, **given)
     chosen = override(chosen, settings)
@@ -117,7 +127,7 @@ def train(
     if chosen.freeze == "trunk" and (idle := sorted(named & gradient_only())):
         raise RecipeError(f"{idle[0]} does nothing with a frozen trunk; add --freeze none, or leave it out")
     with TerminalReporter() as reporter:
-        if told := rate_for_batch(chosen, named):
+        if resume is None and (told := rate_for_batch(chosen, named)):
             reporter.say(told)
         try:
             run = fit(chosen, resume or out or "", resume=resume is not None, device=device, reporter=reporter)
@@ -138,13 +148,16 @@ def train(
 def rate_for_batch(chosen: Any, named: set[str]) -> str:
     """A hint where the batch of a named recipe was changed and its rate was not; otherwise empty."""
     from isthmus.train.recipes import RECIPES
+    from isthmus.train.recipes import recipe as named_recipe
 
-    usual = RECIPES[chosen.name].settings.get("batch_size", 0) if chosen.name in RECIPES else 0
-    if not usual or chosen.batch_size == usual or chosen.optimizer != "sgd" or "lr" in named:
+    if chosen.name not in RECIPES or chosen.freeze == "trunk" or chosen.optimizer != "sgd" or "lr" in named:
+        return ""
+    usual = named_recipe(chosen.name, data=chosen.data, weights="any")
+    if chosen.batch_size == usual.batch_size or chosen.lr != usual.lr:
         return ""
     return (
-        f"lr {chosen.lr:g} is meant for a batch of {usual}; for {chosen.batch_size} in proportion (Goyal et al. 2017) "
-        f"take --lr {chosen.lr * chosen.batch_size / usual:.2g}"
+        f"lr {chosen.lr:g} is meant for a batch of {usual.batch_size}; for {chosen.batch_size} in proportion "
+        f"(Goyal et al. 2017) take --lr {chosen.lr * chosen.batch_size / usual.batch_size:.2g}"
     )
 
 

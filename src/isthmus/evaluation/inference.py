@@ -1,7 +1,7 @@
 """A trained network ready to run: in its fast form, channels_last, in the machine's best precision."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,16 @@ class Inference:
         for batch in loader.epoch(0):
             yield batch, self.logits(batch.images).cpu()
 
-    def evaluate(self, loader: Loader, ranks: Ranks | None = None) -> Tally:
-        """The scores on a labelled loader; with `ranks`, on what the loaders of all processes read together."""
-        tally = Tally(loader.pictures.classes)
+    def evaluate(
+        self, loader: Loader, ranks: Ranks | None = None, *, progress: Callable[[int, int], object] | None = None
+    ) -> Tally:
+        """The scores on a labelled loader; with `ranks`, on what the loaders of all processes read together.
+
+        `progress` is told the pictures done and all of them.
+        """
+        tally, every = Tally(loader.pictures.classes), len(loader.pictures)
         for batch, logits in self.run(loader):
             tally.add(logits, batch.labels)
+            if progress is not None:
+                progress(min((batch.step + 1) * loader.step_size, every), every)
         return tally.over(ranks) if ranks else tally

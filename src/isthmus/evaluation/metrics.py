@@ -1,7 +1,8 @@
 """How good predictions are: sums and counts that add up, divided once at the end."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -133,6 +134,16 @@ class Tally:
             ClassScore(name=name, precision=hit / max(guesses, 1), recall=hit / max(pictures, 1), support=pictures)
             for name, hit, guesses, pictures in zip(self.classes, hits, predicted, support, strict=True)
         ]
+
+    @classmethod
+    def from_dict(cls, scores: Mapping[str, Any]) -> Self:
+        """The tally that gave these scores; raises KeyError, TypeError or ValueError for others."""
+        tally = cls(tuple(str(row["name"]) for row in scores["per_class"]))
+        count = len(tally.classes)
+        tally._counts = torch.tensor(scores["confusion"], dtype=torch.int64).reshape(count**2)
+        tally._loss = torch.tensor(scores["loss"] * tally.seen, dtype=torch.float64)
+        tally._top5 = torch.tensor(round(scores.get("top5", 0) * tally.seen))
+        return tally
 
     def to_dict(self) -> dict[str, Any]:
         """Every score as plain values, ready for JSON."""

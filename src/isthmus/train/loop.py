@@ -1,6 +1,7 @@
 """Gradient training, top to bottom: one loop for one process and for many, exact on resume, that saves itself."""
 
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -106,6 +107,7 @@ class Training:
         self.checkpoints, saved = Checkpoints(run), None
         if resume and (saved := self.checkpoints.latest(reporter)):
             self.state.restore(saved, world)
+            reporter.say(f"going on in epoch {self.state.epoch + 1} after {self.state.step} of its steps")
         elif resume:
             reporter.say(f"{run} holds no checkpoint; training begins anew")
         self.log = Log(run / LOG, saved["log"] if saved else 0, reporter) if world.main else None
@@ -138,13 +140,15 @@ class Training:
         until, first = frozen_at(recipe, net.stages, epoch), self.prefix is None
         if first:
             self.reporter.say(
-                f"{recipe.epochs} epochs of {train.steps} steps of {train.step_size} pictures, {train.size} px, peak "
+                f"epochs: {recipe.epochs} of {train.steps} steps of {train.step_size} pictures, {train.size} px, peak "
                 f"rate {recipe.lr:g}, on {self.machine.device} in {self.precision}; the run is in {self.run}"
             )
         if self.prefix is None or self.prefix.until != until:
             freeze(net, until)
             self.frozen, self.outputs = frozen_sums(net), None
             self.prefix = Prefix(net, until, self.machine, self.precision)
+            if not first:
+                self.reporter.say(f"epoch {epoch + 1}: frozen until {until}; what lies behind it trains")
             self.trained: nn.Module = Behind(net)
             if self.state.compiled:  # not tried again: noise could decide otherwise, and the bits would be others
                 self.trained = torch.compile(self.trained)  # type: ignore[assignment]
@@ -214,14 +218,15 @@ class Training:
         if self.resized is not None and self.resized.full and epoch == 0:
             reporter.say(f"not every picture is kept resized: {self.resized.full}")
         val = validation_loader(self.data, recipe, self.net, world)
-        scores = Inference(state.used, self.machine, self.precision).evaluate(val, world)
+        told = partial(reporter.progress, "validate")
+        scores = Inference(state.used, self.machine, self.precision).evaluate(val, world, progress=told)
         left_out(train, "train", world, reporter)
         left_out(val, "validation", world, reporter)
         row = {
             "epoch": epoch + 1,
             "loss": state.mean_loss(world, train.steps * train.step_size),
             "lr": rate(recipe, (epoch + 1) * train.steps - 1, train.steps),
-            "pictures_per_second": pace.rate * world.size,
+            "pictures_per_second": pace.rate * world.size if pace.seen else None,  # resumed behind the last step
             "val_accuracy": scores.accuracy,
             "val_balanced_accuracy": scores.balanced_accuracy,
             "val_loss": scores.loss,
@@ -334,7 +339,9 @@ def left_out(loader: Loader, part: str, world: World, reporter: Reporter) -> set
     """The pictures that a process could not read and left out; the reporter is told why."""
     reasons = {index: reason for rank in world.gather(loader.unreadable) for index, reason in rank.items()}
     if reasons:
-        listing = listed(reasons.values(), separator="; ")
+        alike = Counter(reasons.values())
+        lines = (reason if count == 1 else f"{reason} ({count} pictures)" for reason, count in alike.items())
+        listing = listed(lines, separator="; ")
         reporter.say(f"left out of the {part} pictures, {len(reasons)} that cannot be read: {listing}")
     return set(reasons)
 
@@ -349,9 +356,9 @@ def stop_signals(reporter: Reporter) -> Iterator[list[int]]:
     handlers: dict[int, Any] = {}
 
     def receive(number: int, _frame: Any) -> None:
-        received.append(number)
-        reporter.say("stopping behind this step, to save it; Ctrl-C again ends the run at once")
         signal.signal(signal.SIGINT, handlers[signal.SIGINT])
+        received.append(number)
+        reporter.say("stopping behind this step, to save it; Ctrl-C ends the run at once")
 
     try:
         for wanted in (signal.SIGINT, signal.SIGTERM):

@@ -119,7 +119,11 @@ def _found(path: Path) -> Path:
     if path.is_dir():
         found = next((path / name for name in hub.WEIGHTS if (path / name).is_file()), None)
         if found is None:
-            raise RunError(f"{path} has no {hub.WEIGHTS[0]}; is it a run folder, and did the run finish?")
+            best = next(path.glob("best.safetensors"), None)
+            instead = f"; the run is not finished: take {best}, or go on with it" if best else ""
+            raise RunError(
+                f"{path} has no {hub.WEIGHTS[0]}{instead or '; is it a run folder, and did the run finish?'}"
+            )
         return found
     if path.exists():
         return path
