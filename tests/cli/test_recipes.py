@@ -1,6 +1,7 @@
 """The command recipes: every row with its source, and as JSON all that makes a recipe of it again."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -41,12 +42,20 @@ def test_json_gives_the_recipes_again(isthmus):
         ("he-90", {"batch_size": 512}, "take --lr 0.2"),
         ("he-90", {"batch_size": 512, "lr": 0.2}, ""),
         ("he-90", {"batch_size": 256}, ""),
+        (
+            "scratch",
+            {"batch_size": 8},
+            "lr 0.1 is meant for a batch of 32; for 8 in proportion (Goyal et al. 2017) take --lr 0.025",
+        ),
+        ("scratch", {"batch_size": 32}, ""),
+        ("probe", {"batch_size": 8}, ""),  # no steps of that size: its head is fitted on features
         ("rsb-a2", {"batch_size": 64}, ""),  # LAMB: no rule
         ("finetune", {"batch_size": 8}, ""),
     ],
 )
 def test_a_rate_for_another_batch_is_told(name, settings, told):
     made = recipe(name, data="pictures", weights="demo", **settings)
+    assert rate_for_batch(replace(made, lr=0.123), set()) == ""  # as in a file of one's own
     found = rate_for_batch(made, set(settings))
     assert told in found
     assert bool(told) is bool(found)
