@@ -382,7 +382,7 @@ def test_a_picture_that_fails_while_evaluating_is_named(isthmus, run, tmp_path):
     result = isthmus("eval", str(run), "--data", str(root))
     assert result.status == 2
     said, told = result.err.splitlines()
-    assert said == "7 pictures"
+    assert said == f"7 pictures, all of {root}"
     assert f"{root / 'flower' / '9.jpg'} is not a picture" in told
 
 
@@ -433,7 +433,7 @@ def test_ctrl_c_saves_and_the_rest_gives_the_same_model(isthmus, pictures, tmp_p
     assert not (stopped / "model.safetensors").exists()
     refused = isthmus("predict", str(stopped), str(pictures))
     assert refused.status == 2
-    assert "did the run finish?" in refused.err
+    assert "the run is not finished: take " in refused.err
 
     assert isthmus("train", "--resume", str(stopped)).status == 0
     assert same_files(straight / "model.safetensors", stopped / "model.safetensors")

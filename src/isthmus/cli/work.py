@@ -82,7 +82,8 @@ def train(
         unreadable=skip goes on without pictures that cannot be read.
     """
     from isthmus.report.terminal import TerminalReporter
-    from isthmus.run import RECIPE, fit, holds_run
+    from isthmus.run import fit
+    from isthmus.train.folder import RECIPE, holds_run
     from isthmus.train.loop import Interrupted
     from isthmus.train.recipe import Recipe, gradient_only, override
     from isthmus.train.recipes import recipe as named_recipe
