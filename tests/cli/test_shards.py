@@ -1,7 +1,6 @@
 """isthmus shards, as people call it."""
 
 import json
-import re
 
 import pytest
 
@@ -24,10 +23,9 @@ def test_shards(isthmus, folder, tmp_path):
     assert result.status == 0
     assert "2 classes" in result.out
     assert f"Train on it: isthmus train --data {out}" in result.out
-    assert re.fullmatch(
-        rf"left out {folder}/train/temple/0\.jpg is not a picture \(JPEG, .*\); copy it again or leave it out\n",
-        result.err,
-    )
+    assert result.err.startswith(f"left out {folder}/train/temple/0.jpg is not a picture (what can be read: JPEG, ")
+    assert result.err.endswith("); copy it again or leave it out\n")
+    assert result.err.count("\n") == 1
     data = open_data(str(out))
     assert (data.train.counts(), data.val.counts()) == ({"flower": 5, "temple": 3}, {"flower": 2, "temple": 3})
 
@@ -51,7 +49,7 @@ def test_a_folder_among_the_pictures_is_refused(isthmus, folder, tmp_path, out):
     before = sorted(tmp_path.rglob("*"))
     result = isthmus("shards", str(folder), f"{tmp_path}/{out}")
     assert (result.status, result.out) == (2, "")
-    assert f"lies in {folder}, among the pictures; choose a folder outside of it" in result.err
+    assert f"{out} would lie among the pictures of {folder}; choose another folder" in result.err
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -159,7 +159,7 @@ def test_large_pictures_pass_without_a_warning(monkeypatch):
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"<html>404</html>", r"is not a picture \(JPEG, PNG.*\); copy it again or leave it out"),
+        (b"<html>404</html>", r"is not a picture \(what can be read: JPEG, PNG.*\); copy it again or leave it out"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not a picture"),
         (encode(gradient(), "PNG")[:90], "cannot be decoded"),
         (encode(gradient(), "JPEG")[:-200], "cannot be decoded"),

@@ -112,7 +112,9 @@ def _by_pillow(content: bytes, channels: ChannelOrder, name: str) -> Pixels:
         return pixels_of(_in_mode(_upright(image), "L" if channels == "L" else "RGB"))
     except UnidentifiedImageError as error:
         kinds = ", ".join(_formats())
-        raise DataError(f"{name} is not a picture ({kinds}); copy it again or leave it out") from error
+        raise DataError(
+            f"{name} is not a picture (what can be read: {kinds}); copy it again or leave it out"
+        ) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise DataError(f"{name} has more than {limit:,} pixels; scale it down first") from error

@@ -124,7 +124,7 @@ def _begin(out: Path, job: str, source: str) -> None:
     elif (out / INDEX).exists() or next(out.glob("*.tar"), None):
         raise DataError(f"{out} holds shards already; choose another folder")
     elif source and (root := Path(source).expanduser()).is_dir() and out.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{out} lies in {source}, among the pictures; choose a folder outside of it")
+        raise DataError(f"shards in {out} would lie among the pictures of {source}; choose another folder")
     else:
         try:
             out.mkdir(parents=True, exist_ok=True)
