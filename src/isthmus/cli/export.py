@@ -2,6 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from isthmus.cli.options import Json
 from isthmus.records import to_dict
@@ -11,7 +14,12 @@ __all__ = ["export"]
 
 
 def export(
-    run: str, out: Path, *, preprocessing: bool = False, pictures: tuple[Path, ...] = (), as_json: Json = False
+    run: str,
+    out: Path,
+    *,
+    preprocessing: Annotated[bool, Parameter(negative="")] = False,
+    pictures: Annotated[tuple[Path, ...], Parameter(negative="")] = (),
+    as_json: Json = False,
 ) -> None:
     """Write a network for ONNX Runtime, OpenVINO or torch.export, and prove that the file computes the same.
 
