@@ -141,7 +141,7 @@ def test_a_disk_that_fills_up(runs):
         full = runs.live(disk / "run")
         assert full.returncode != 0
         assert "No space left on device" in full.stderr
-        assert "Traceback" not in full.stderr
+        assert "isthmus/train/" not in full.stderr  # no traceback of ours; torchrun shows one of its own
         before = Checkpoints(disk / "run").files()
         assert before
         subprocess.run([mount, "-o", "remount,size=10m", disk], check=True)
