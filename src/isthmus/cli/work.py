@@ -10,7 +10,7 @@ from cyclopts import Parameter
 from rich.markup import escape
 
 from isthmus.cli.options import Device, Json, Settings
-from isthmus.errors import RecipeError, RunError
+from isthmus.errors import RecipeError
 from isthmus.report.tables import console, print_table
 
 __all__ = ["evaluate", "predict", "train"]
@@ -83,7 +83,7 @@ def train(
     """
     from isthmus.report.terminal import TerminalReporter
     from isthmus.run import fit
-    from isthmus.train.folder import RECIPE, holds_run
+    from isthmus.train.folder import recipe_of
     from isthmus.train.loop import Interrupted
     from isthmus.train.recipe import Recipe, gradient_only, override
     from isthmus.train.recipes import recipe as named_recipe
@@ -112,9 +112,7 @@ def train(
                 f"--resume goes on with the run's own recipe; leave out {options}, or begin a new run from it "
                 f"with --weights {resume}"
             )
-        if not holds_run(resume):
-            raise RunError(f"{resume} holds no run to resume ({RECIPE} is missing)")
-        chosen = Recipe.from_file(resume / RECIPE)
+        chosen = recipe_of(resume)
     elif recipe is not None and recipe.endswith(".toml"):
         chosen = replace(Recipe.from_file(Path(recipe)), **given)
     else:

@@ -26,6 +26,7 @@ __all__ = [
     "free_folder",
     "holds_run",
     "own_pictures",
+    "recipe_of",
     "write_text",
 ]
 
@@ -62,6 +63,13 @@ def holds_run(folder: Path) -> bool:
         raise RunError(f"cannot read {folder}: {error.strerror}") from error
 
 
+def recipe_of(folder: Path) -> Recipe:
+    """The recipe of the run in a folder, to go on with; raises RunError where there is none."""
+    if not holds_run(folder):
+        raise RunError(f"{folder} holds no run to resume ({RECIPE} is missing)")
+    return Recipe.from_file(folder / RECIPE)
+
+
 def finished(folder: Path) -> Tally | None:
     """The scores of a run that has ended, None of any other folder; raises RunError when they cannot be read."""
     path = folder / SCORES
@@ -75,9 +83,7 @@ def finished(folder: Path) -> Tally | None:
 
 def check_folder(folder: Path, recipe: Recipe, *, resume: bool) -> None:
     """Raise RunError when the folder holds another run, or on `resume` none of `recipe`, or lies among the pictures."""
-    if resume and not holds_run(folder):
-        raise RunError(f"{folder} holds no run to resume ({RECIPE} is missing)")
-    if resume and Recipe.from_file(folder / RECIPE) != recipe:
+    if resume and recipe_of(folder) != recipe:
         raise RunError(
             f"{folder} was started with another recipe; go on with its own ({folder / RECIPE}), or start anew"
         )
