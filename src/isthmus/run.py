@@ -179,15 +179,14 @@ def check_sizes(recipe: Recipe, record: Preprocess, data: DataSet, world: World)
     """Raise RecipeError or DataError for sizes that the loaders of a run would refuse once its folder is there."""
     if 0 < recipe.resized < (crop := recipe.train_size or record.crop):
         raise RecipeError(f"resized is {recipe.resized} and crops have {crop} px; a crop is no larger than its picture")
-    for rank in range(world.size):
-        Loader(
-            pictures=data.train,
-            record=record,
-            batch_size=recipe.batch_size,
-            train=recipe.freeze != "trunk",
-            rank=rank,
-            ranks=world.size,
-        )
+    Loader(
+        pictures=data.train,
+        record=record,
+        batch_size=recipe.batch_size,
+        train=recipe.freeze != "trunk",
+        rank=world.rank,
+        ranks=world.size,
+    )
 
 
 def starting_network(recipe: Recipe, classes: tuple[str, ...]) -> ResNet:

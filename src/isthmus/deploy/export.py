@@ -26,6 +26,7 @@ from isthmus.weights.save import description
 __all__ = ["Compared", "Exported", "export"]
 
 AXES = {1: ("length",), 2: ("height", "width"), 3: ("depth", "height", "width")}
+PICTURE_AXES = {0: "batch", 1: "height", 2: "width"}
 BATCHES = (1, 3)
 MORE = 32  # pixels that the second size of a comparison has more
 LOGITS = 1e-4  # of the largest logit, where both sides are given the same numbers
@@ -109,9 +110,6 @@ def program_of_images(form: ResNet) -> Program:
 def program_of_pictures(form: ResNet) -> Program:
     """From pictures to logits."""
     return traced(FromPictures(form), picture_example(form.preprocess), "pictures", PICTURE_AXES, form)
-
-
-PICTURE_AXES = {0: "batch", 1: "height", 2: "width"}
 
 
 def picture_example(record: Preprocess) -> Tensor:

@@ -1,6 +1,5 @@
 """What an exported file computes: a folded network, and in front of it, at wish, the way from pixels to its input."""
 
-import copy
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn import functional as F
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.augment import views
 from isthmus.errors import SpecError
-from isthmus.nn.fold import fold
+from isthmus.nn.fold import folded_or_copied
 from isthmus.nn.network import ResNet
 
 __all__ = ["FromPictures", "FromPixels", "ready"]
@@ -23,11 +22,7 @@ def ready(net: ResNet) -> ResNet:
             "the network is in training mode, and would run other batch norms than it was measured with: "
             "call net.eval() first"
         )
-    try:
-        form = fold(net)
-    except SpecError:  # pre-activation, group norm, a caller's own blocks: what they keep runs as it is
-        form = copy.deepcopy(net)
-    return form.cpu().float().eval().requires_grad_(requires_grad=False)
+    return folded_or_copied(net).cpu().float().eval().requires_grad_(requires_grad=False)
 
 
 class FromPixels(nn.Module):

@@ -19,7 +19,7 @@ from isthmus.nn.block import BLOCKS
 from isthmus.nn.memory import Stage
 from isthmus.nn.network import ResNet
 
-__all__ = ["exchanged", "fold", "fold_tensors", "insert_batchnorm"]
+__all__ = ["exchanged", "fold", "fold_tensors", "folded_or_copied", "insert_batchnorm"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Kinds = dict[str, tuple[type[nn.Module], str]]
@@ -121,6 +121,14 @@ def fold(net: ResNet) -> ResNet:
             del state[key]
     folded.load_state_dict(state)
     return folded
+
+
+def folded_or_copied(net: ResNet) -> ResNet:
+    """What `fold` gives; a copy of pre-activation, group-normalised and changed networks, which cannot fold."""
+    try:
+        return fold(net)
+    except SpecError:
+        return copy.deepcopy(net)
 
 
 @torch.no_grad()

@@ -4,15 +4,13 @@ Eager torch reads and writes a whole map for every activation and once more for 
 convolution does both before it writes its map: the operations that torch's compiler emits, without the compiling.
 """
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from isthmus.errors import SpecError
 from isthmus.nn.block import ResidualBlock
-from isthmus.nn.fold import exchanged, fold
+from isthmus.nn.fold import exchanged, folded_or_copied
 from isthmus.nn.layers import DropPath
 from isthmus.nn.network import ResNet
 
@@ -25,10 +23,7 @@ def fast_form(net: ResNet, names: Sequence[str], device: torch.device, dtype: to
     Pre-activation and group-normalised networks, a caller's own blocks and networks in which modules were exchanged
     cannot fold and are copied as they are.
     """
-    try:
-        form = fold(net)
-    except SpecError:
-        form = copy.deepcopy(net)
+    form = folded_or_copied(net)
     known = form.spec.norm == "none" and not form.spec.preact and not exchanged(form)
     deepest = (
         len(net.stages)
