@@ -53,6 +53,7 @@ SPECS = {
     "SiLU": replace(variant("resnet26"), activation="silu"),
     "SiLU before": replace(variant("resnetv2_50"), activation="silu"),
     "no norm": replace(variant("resnet26"), norm="none"),
+    "leading norms": replace(variant("resnetv2_50t"), norm="leading"),
     "dilated": variant("resnet26d").with_output_stride(8),
     "rich head": replace(
         variant("resnet26"), head=HeadSpec(taps=("layer3", "last"), pools=("avg", "max"), norm=True, hidden=16)

@@ -105,6 +105,7 @@ def test_override():
         ("stages.0.stride=0", "stride is 0"),
         ("stages.0.block=a b", "block is 'a b'"),
         ("stages.0.block=preact_bottleneck", "cannot be mixed"),
+        ("norm=leading", "norm is 'leading'"),
         ("anti_alias=avg\n", "must be 'max'"),
     ],
 )
@@ -188,6 +189,7 @@ def test_variants_patterns():
         ({"kind": "basic", "stride_at": "conv1"}, "a basic block has no groups"),
         ({"norm": "group"}, "divisible by 32"),
         ({"kind": "preact_bottleneck", "norm": "none"}, "needs a norm"),
+        ({"norm": "leading"}, "no norm leads a bottleneck block"),
         ({"kind": "preact_bottleneck", "anti_alias": "avg"}, "no anti-aliasing"),
         ({"anti_alias": "blur", "stride_at": "conv1"}, "stride must be at conv2"),
         ({"anti_alias": "avg", "dims": 1}, "dims=1"),

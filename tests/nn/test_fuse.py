@@ -19,7 +19,7 @@ from isthmus.nn.network import ResNet
 from oracles import ours, picture, random_state, relative_error, trimmed
 
 CPU = torch.device("cpu")
-# Name, and whether the addition of the shortcut goes into the last convolution: not behind an attention.
+# Name, and whether the last convolution adds the shortcut: not before an attention, nor where there is none.
 STRUCTURES = {
     "resnet18": True,
     "resnet26d": True,
@@ -30,14 +30,18 @@ STRUCTURES = {
     "resnetblur50d": True,
     "resnet20_cifar": True,
     "resnet164_cifar": True,
-    "plain20_cifar": True,
+    "plain20_cifar": False,
     "test_resnet": True,
+    "resnetv2_50": True,
+    "resnetv2_50t": True,
+    "resnetv2_50_keras": True,
+    "resnetv2_164_cifar": True,
+    "plainv2_164_cifar": False,
     "seresnet18": False,
     "ecaresnet26t": False,
     "resnetrs50": False,
     "senet154": False,
 }
-UNFOLDED = ("resnetv2_50", "resnet50_gn")
 needs_onednn = pytest.mark.skipif(not fuses(CPU, torch.float32), reason="torch is built without oneDNN")
 needs_bf16 = pytest.mark.skipif(not fuses(CPU, torch.bfloat16), reason="the machine has no bf16 convolutions")
 
@@ -70,9 +74,37 @@ def test_the_same_maps(name):
     assert isinstance(form.layer2[0].conv1, FusedConv)
 
 
-@pytest.mark.parametrize("name", UNFOLDED)
-def test_what_cannot_fold_is_copied(name):
-    net = random_net(trimmed(variant(name))[0])
+@needs_onednn
+@pytest.mark.parametrize(
+    ("name", "merged"),
+    [
+        ("resnet50", [128, 384, 768, 1536]),  # the strip's width and the input's
+        ("resnet50d", [128, 384, 768, 1536]),
+        ("resnext50_32x4d", [192, 512, 1024, 2048]),
+        ("resnetv2_50", [128, 384, 768, 1536]),
+        ("resnet18", [64, 128, 256, 512]),  # 3×3 at the end of the main path
+        ("resnet50_v1", [128, 384, 768, 1536]),
+    ],
+)
+def test_a_projection_is_merged_into_the_expansion(name, merged):
+    """The width that the last convolution of each stage's first block reads."""
+    net = random_net(trimmed(variant(name), later=1)[0])
+    form = fast_form(net, ("last",), CPU, torch.float32)
+    blocks = [form.get_submodule(stage)[0] for stage in net.stages]
+    assert [getattr(block, "last", block.conv2).weight.shape[1] for block in blocks] == merged
+
+
+@needs_onednn
+@pytest.mark.parametrize("name", ["resnet26d", "resnetv2_50"])
+def test_another_activation(name):
+    net = random_net(replace(trimmed(variant(name))[0], activation="silu"))
+    form, x = fast_form(net, ("last",), CPU, torch.float32), picture(2, 3, 64, 64).float()
+    with torch.no_grad():
+        assert relative_error(form.features(x)["last"], net.features(x)["last"]) <= 1e-5
+
+
+def test_what_cannot_fold_is_copied():
+    net = random_net(trimmed(variant("resnet50_gn"))[0])
     form = fast_form(net, ("last",), CPU, torch.float32)
     x = picture(2, 3, 64, 64).float()
     with torch.no_grad():
@@ -81,7 +113,7 @@ def test_what_cannot_fold_is_copied(name):
 
 
 @needs_bf16
-@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "seresnet18", "resnext50_32x4d"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet26d", "seresnet18", "resnext50_32x4d", "resnetv2_50"])
 def test_no_less_exact_in_bf16_than_eager(name):
     """What is fused is rounded once less often."""
     net = random_net(trimmed(variant(name))[0])

@@ -66,6 +66,7 @@ def saved(tmp_path):
         replace(TINY, num_classes=0),
         replace(TINY, attention="se", anti_alias="blur"),
         replace(TINY, norm="none", stem=StemSpec(widths=(8,), pool="max_ceil"), stride_at="conv1"),
+        replace(PREACT, norm="leading"),
         replace(TINY, head=HeadSpec(taps=("layer1", "last"), pools=("avg", "max"), hidden=6)),
         replace(TINY, dims=1, in_channels=2),
         replace(TINY, shortcut="avg", stem=StemSpec(widths=(4, 4, 8), kernel=3)),

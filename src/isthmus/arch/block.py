@@ -11,11 +11,23 @@ from typing import Literal, NamedTuple, get_args
 from isthmus import records
 from isthmus.errors import ShortcutError, SpecError
 
-__all__ = ["Activation", "AntiAlias", "Attention", "BlockKind", "BlockSpec", "Layer", "Norm", "Shortcut", "projection"]
+__all__ = [
+    "FOLDED",
+    "Activation",
+    "AntiAlias",
+    "Attention",
+    "BlockKind",
+    "BlockSpec",
+    "Layer",
+    "Norm",
+    "Shortcut",
+    "folded",
+    "projection",
+]
 
 BlockKind = Literal["bottleneck", "basic", "preact_bottleneck"]
 Shortcut = Literal["none", "identity", "pad", "conv1", "conv3", "avg", "maxpool", "custom"]
-Norm = Literal["batch", "group", "none"]
+Norm = Literal["batch", "group", "leading", "none"]
 Activation = Literal["relu", "silu"]
 Attention = Literal["none", "se", "eca"]
 AntiAlias = Literal["none", "avg", "blur"]
@@ -24,6 +36,8 @@ LayerKind = Literal[
 ]
 Domain = Literal["map", "pooled", "channels"]
 
+# Batch norms behind convolutions are in those; `leading` are the others, which begin pre-activation blocks.
+FOLDED: tuple[Norm, ...] = ("leading", "none")
 NORM_GROUPS = 32  # Wu & He 2018 (group normalization), as in timm's resnet50_gn
 
 
@@ -60,6 +74,17 @@ class Layer(NamedTuple):
                 f"layer {self.name}: nothing is left of a {'×'.join(map(str, size))} map; enlarge the image"
             )
         return out
+
+
+def folded(layers: tuple[Layer, ...]) -> tuple[Layer, ...]:
+    """Layers in a row without the norms right behind convolutions, which have a bias instead."""
+    left: list[Layer] = []
+    for layer in layers:
+        if layer.kind == "norm" and left and left[-1].kind == "conv":
+            left[-1] = left[-1]._replace(bias=True)
+        else:
+            left.append(layer)
+    return tuple(left)
 
 
 def projection(
@@ -103,12 +128,10 @@ def projection(
             conv_stride,
             padding,
             conv_dilation,
-            bias=norm == "none",
         )
     )
-    if norm != "none":
-        layers.append(Layer(f"downsample.{len(layers)}", "norm", out_channels, out_channels))
-    return tuple(layers)
+    layers.append(Layer(f"downsample.{len(layers)}", "norm", out_channels, out_channels))
+    return folded(tuple(layers)) if norm in FOLDED else tuple(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +188,10 @@ class BlockSpec:
             raise SpecError(f"group norm needs widths divisible by {NORM_GROUPS}; got in, reduce, mid, out = {widths}")
         if self.kind == "preact_bottleneck" and (self.norm == "none" or self.anti_alias != "none"):
             raise SpecError("a pre-activation block needs a norm and has no anti-aliasing")
+        if self.kind in ("bottleneck", "basic") and self.norm == "leading":
+            raise SpecError(
+                f"no norm leads a {self.kind} block; norm 'leading' is for pre-activation, here it is 'none'"
+            )
         if self.anti_alias != "none" and self.stride_at == "conv1":
             raise SpecError("anti-aliasing follows the 3×3; with it the stride must be at conv2")
         if self.dims != 2 and self.anti_alias != "none":
@@ -196,13 +223,11 @@ class BlockSpec:
     @cached_property
     def main(self) -> tuple[Layer, ...]:
         """The layers of the main path in order; a custom kind is one layer that cannot be counted on paper."""
-        if self.kind == "bottleneck":
-            return self.bottleneck()
-        if self.kind == "basic":
-            return self.basic()
-        if self.kind == "preact_bottleneck":
-            return self.preact_bottleneck()
-        return (Layer("", "custom", self.in_channels, self.out_channels, 3, self.stride, 1),)
+        known = {"bottleneck": self.bottleneck, "basic": self.basic, "preact_bottleneck": self.preact_bottleneck}
+        if self.kind not in known:
+            return (Layer("", "custom", self.in_channels, self.out_channels, 3, self.stride, 1),)
+        layers = known[self.kind]()
+        return folded(layers) if self.norm in FOLDED else layers
 
     @cached_property
     def downsample(self) -> tuple[Layer, ...]:
@@ -235,12 +260,12 @@ class BlockSpec:
         """A convolution that keeps its map centred; groups belong to the 3×3 of a bottleneck."""
         groups = self.groups if kernel == 3 else 1
         padding = dilation * (kernel // 2)
-        return Layer(name, "conv", *widths, kernel, stride, padding, dilation, groups, bias=self.norm == "none")
+        return Layer(name, "conv", *widths, kernel, stride, padding, dilation, groups)
 
     def after(self, index: int, width: int, *, act: bool = True) -> tuple[Layer, ...]:
         """Norm and activation number `index`."""
-        norm = () if self.norm == "none" else (Layer(f"bn{index}", "norm", width, width),)
-        return (*norm, Layer(f"act{index}", "act", width, width)) if act else norm
+        norm = Layer(f"bn{index}", "norm", width, width)
+        return (norm, Layer(f"act{index}", "act", width, width)) if act else (norm,)
 
     def smooth(self, width: int) -> tuple[Layer, ...]:
         """The anti-aliasing filter that carries the stride (Zhang 2019), or nothing."""

@@ -174,7 +174,7 @@ class Ledger:
         layer = step.layers[0] if step.layers else None
         if step.kind == "drop":
             return Bytes(item)
-        if step.kind == "norm" and self.norm == "batch":
+        if step.kind == "norm" and self.norm != "group":
             return Bytes(0, 2 * channels * FULL)
         if not plain or layer is None:
             return Bytes(0)
@@ -243,7 +243,7 @@ def training_memory(
         raise SpecError(f"batch is {batch}; it must be at least 1")
     params = FULL * cost(plan).params
     buffers = (
-        FULL * 2 * sum(row.out_channels for row in cost(plan).rows if row.kind == "norm") * (plan.spec.norm == "batch")
+        FULL * 2 * sum(row.out_channels for row in cost(plan).rows if row.kind == "norm") * (plan.spec.norm != "group")
     )
     saved, transient = map_bytes(plan, ITEM[precision], memory)
     return TrainingMemory(

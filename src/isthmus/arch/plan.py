@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from isthmus.arch.block import BlockSpec, Layer, Shortcut
+from isthmus.arch.block import FOLDED, BlockSpec, Layer, Shortcut, folded
 from isthmus.arch.spec import NetSpec, StageSpec, check
 from isthmus.arch.variants import variant
 
@@ -119,12 +119,11 @@ def out_size(layers: tuple[Layer, ...], size: Size) -> Size:
 
 def stem_layers(spec: NetSpec) -> tuple[Layer, ...]:
     """The stem of He et al. 2015, or of ResNet-C/D/T/S/RS, without its last norm in a pre-activation network."""
-    stem, bias = spec.stem, spec.stem.bias or spec.norm == "none"
+    stem, bias = spec.stem, spec.stem.bias
     layers: list[Layer] = []
 
     def norm_act(norm: str, act: str, width: int) -> None:
-        if spec.norm != "none":
-            layers.append(Layer(norm, "norm", width, width))
+        layers.append(Layer(norm, "norm", width, width))
         layers.append(Layer(act, "act", width, width))
 
     width = spec.in_channels
@@ -153,7 +152,7 @@ def stem_layers(spec: NetSpec) -> tuple[Layer, ...]:
         layers.append(Layer("maxpool.1", "blur", width, width, 3, 2, 1, groups=width))
     elif stem.pool == "max":
         layers.append(Layer("maxpool", "maxpool", width, width, 3, 2, 1))
-    return tuple(layers)
+    return folded(tuple(layers)) if spec.norm in FOLDED else tuple(layers)
 
 
 def planned_blocks(spec: NetSpec, size: Size) -> Iterator[PlannedBlock]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal, Self
 
 from isthmus import records
-from isthmus.arch.block import KNOWN_KINDS, Activation, AntiAlias, Attention, Norm, Shortcut
+from isthmus.arch.block import FOLDED, KNOWN_KINDS, Activation, AntiAlias, Attention, Norm, Shortcut
 from isthmus.errors import SpecError
 
 __all__ = ["HeadSpec", "NetSpec", "StageSpec", "StemSpec"]
@@ -94,6 +94,9 @@ class HeadSpec:
 class NetSpec:
     """A whole network. `shortcut` is how a block adds what it cannot add as it is; `none` makes a plain net.
 
+    A folded network has norm `none`; one with pre-activation keeps the batch norms that no convolution stands right
+    before, `leading`.
+
     Raises SpecError where it is made; NetSpec.from_toml(spec.to_toml()) == spec.
     """
 
@@ -134,6 +137,11 @@ class NetSpec:
         check(
             len({stage.block.startswith("preact") for stage in self.stages}) == 1,
             "pre-activation and post-activation stages cannot be mixed: the first ends in a norm of its own",
+        )
+        check(
+            self.norm not in FOLDED or self.preact == (self.norm == "leading"),
+            f"norm is {self.norm!r}; without those behind convolutions the norms of a pre-activation network are "
+            f"'leading', of any other 'none'",
         )
         names = ["stem", *(f"layer{index + 1}" for index in range(len(self.stages))), "last"]
         for tap in self.head.taps:

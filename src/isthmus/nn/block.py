@@ -147,7 +147,7 @@ class ResidualBlock(nn.Module):
             self.act = ACTIVATION[spec.activation]()
         self.downsample = make_shortcut(spec.downsample, **made) or downsample
         for index in (1, 2, 3):
-            if spec.norm == "none":
+            if spec.norm in paper.FOLDED and not hasattr(self, f"bn{index}"):
                 add_layer(self, f"bn{index}", nn.Identity())
 
     def shortcut(self, x: Tensor) -> Tensor:

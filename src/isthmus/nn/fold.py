@@ -4,7 +4,7 @@ In evaluation a batch norm is one scale and one shift a channel, which the convo
 """
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from isthmus.arch.block import FOLDED
 from isthmus.arch.plan import Plan
 from isthmus.errors import SpecError
 from isthmus.nn.batchnorm import FROZEN, BatchNorm
@@ -19,7 +20,7 @@ from isthmus.nn.block import BLOCKS
 from isthmus.nn.memory import Stage
 from isthmus.nn.network import ResNet
 
-__all__ = ["exchanged", "fold", "fold_tensors", "folded_or_copied", "insert_batchnorm"]
+__all__ = ["exchanged", "fold", "fold_tensors", "folded_or_copied", "insert_batchnorm", "merge_tensors"]
 
 Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
 Kinds = dict[str, tuple[type[nn.Module], str]]
@@ -38,15 +39,23 @@ def fold_tensors(weight: Tensor, bias: Tensor | None, norm: BatchNorm) -> tuple[
     return folded.detach(), (shift * scale if norm.bias is None else shift * scale + norm.bias).detach()
 
 
-def pairs(net: ResNet) -> list[tuple[str, str]]:
-    """Names of each convolution and of the batch norm right behind it, in a post-activation network."""
-    names = [name for name, module in net.named_modules() if isinstance(module, Conv | BatchNorm)]
-    modules = dict(net.named_modules())
-    found = []
-    for conv, norm in pairwise(names):
-        if isinstance(modules[conv], Conv) and isinstance(modules[norm], BatchNorm):
-            found.append((conv, norm))
-    return found
+def merge_tensors(
+    weight: Tensor, bias: Tensor | None, other_weight: Tensor, other_bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the one convolution over [x, other] that equals the sum of a convolution of each."""
+    biases = [each.detach() for each in (bias, other_bias) if each is not None]
+    return torch.cat([weight, other_weight], 1).detach(), torch.stack(biases).sum(0) if biases else None
+
+
+def pairs(plan: Plan) -> Iterator[tuple[str, str]]:
+    """Names of each convolution and of the norm right behind it."""
+    chains = [("", plan.stem)]
+    for block in plan.blocks:
+        chains += [(f"{block.name}.", layers) for layers in (block.spec.main, block.spec.downsample)]
+    for path, layers in chains:
+        for conv, norm in pairwise(layers):
+            if (conv.kind, norm.kind) == ("conv", "norm"):
+                yield path + conv.name, path + norm.name
 
 
 def exchanged(net: ResNet) -> str:
@@ -78,9 +87,10 @@ def kinds(net: ResNet) -> Kinds:
 
 
 def sibling(net: ResNet, norm: str) -> ResNet:
-    """A network of the same plan with another norm, on the same device and in the same precision and mode.
+    """A network of the same plan with another norm, on the same device, in the same precision and mode, as frozen.
 
-    Raises SpecError for one whose modules are not the plan's; only the classifier comes along as it is.
+    The classifier comes along as it is, and so do norms that both have. Raises SpecError for a network whose modules
+    are not the plan's.
     """
     if changed := exchanged(net):
         raise SpecError(
@@ -93,28 +103,36 @@ def sibling(net: ResNet, norm: str) -> ResNet:
     # Buffers that no state dict holds (blur filters) come from a real network's constructor, so they are copied too.
     other = other.to_empty(device=first.device).to(first.dtype)
     other.fc = copy.deepcopy(net.fc)
+    norms = {name for name, module in other.named_modules() if isinstance(module, BatchNorm)}
+    for name, module in net.named_modules():
+        if name in norms and isinstance(module, BatchNorm):
+            other.set_submodule(name, copy.deepcopy(module))
     buffers = dict(net.named_buffers())
     for name, buffer in other.named_buffers():
         if name in buffers:
             buffer.copy_(buffers[name])
-    other.preprocess, other.classes = net.preprocess, net.classes
+    other.preprocess, other.classes, other.frozen = net.preprocess, net.classes, net.frozen
+    for name in net.frozen:
+        other.get_submodule(name).requires_grad_(requires_grad=False)
     return other.train(net.training)
 
 
 def fold(net: ResNet) -> ResNet:
     """A network without batch norm that computes what `net` computes in evaluation (norm `none`, biased convolutions).
 
-    Raises SpecError for networks that are not batch-normalised or not post-activation, for a caller's own blocks, and
-    for one in which modules were exchanged.
+    Pre-activation networks keep the norms that no convolution stands right before (norm `leading`): the first of each
+    block and the last of all. Raises SpecError for networks that are not batch-normalised, for a caller's own blocks,
+    and for one in which modules were exchanged.
     """
     kinds = {stage.block for stage in net.spec.stages}
-    if net.spec.norm != "batch" or not kinds <= {"bottleneck", "basic"}:
+    if net.spec.norm != "batch" or not kinds <= set(BLOCKS):
         raise SpecError(
             f"cannot fold a network with norm {net.spec.norm!r} and blocks {', '.join(sorted(kinds))}: only batch norm "
             f"behind a convolution folds"
         )
-    folded, state, modules = sibling(net, "none"), net.state_dict(), dict(net.named_modules())
-    for conv, norm in pairs(net):
+    folded = sibling(net, "leading" if net.spec.preact else "none")
+    state, modules = net.state_dict(), dict(net.named_modules())
+    for conv, norm in pairs(net.plan):
         weight, bias = fold_tensors(state[f"{conv}.weight"], state.get(f"{conv}.bias"), modules[norm])
         state[f"{conv}.weight"], state[f"{conv}.bias"] = weight, bias
         for key in [key for key in state if key.startswith(f"{norm}.")]:
@@ -124,7 +142,7 @@ def fold(net: ResNet) -> ResNet:
 
 
 def folded_or_copied(net: ResNet) -> ResNet:
-    """What `fold` gives; a copy of pre-activation, group-normalised and changed networks, which cannot fold."""
+    """What `fold` gives; a copy of group-normalised and changed networks, which cannot fold."""
     try:
         return fold(net)
     except SpecError:
@@ -138,11 +156,13 @@ def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
     The running statistics are those of `batches` (each (N, C, H, W), preprocessed), so that training mode starts
     close to evaluation mode; scale and shift undo them exactly. Weights are rescaled to the size of He et al. 2015's
     initialisation, which batch norm undoes too: a stem that was trained on pixels of 0..255 has weights so small that
-    one step at a usual rate would overwrite them. Raises SpecError unless the norm is `none` and every module the
-    plan's.
+    one step at a usual rate would overwrite them. Raises SpecError unless the norm is `none` or `leading` and every
+    module the plan's.
     """
-    if net.spec.norm != "none":
-        raise SpecError(f"batch norm can be inserted into a network with norm 'none'; this one has {net.spec.norm!r}")
+    if net.spec.norm not in FOLDED:
+        raise SpecError(
+            f"batch norm can be inserted into a network with norm 'none' or 'leading'; this one has {net.spec.norm!r}"
+        )
     normed = sibling(net, "batch")
     convs = {name: module for name, module in net.named_modules() if isinstance(module, Conv)}
     sums: dict[str, tuple[int, Tensor, Tensor]] = {}
@@ -169,7 +189,7 @@ def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
         raise SpecError("no batch was given to measure batch-norm statistics on")
     state, target = dict(net.state_dict()), normed.state_dict()
     modules = dict(normed.named_modules())
-    for conv, norm in pairs(normed):
+    for conv, norm in pairs(normed.plan):
         count, total, squares = sums[conv]
         bias = state.pop(f"{conv}.bias")
         mean = total / count

@@ -1,7 +1,8 @@
 """The fast form of a network for evaluation: folded, and on CPUs each convolution fused with what follows it.
 
 Eager torch reads and writes a whole map for every activation and once more for the addition of the shortcut. oneDNN's
-convolution does both before it writes its map: the operations that torch's compiler emits, without the compiling.
+convolution does both before it writes its map: the operations that torch's compiler emits, without the compiling. A
+shortcut that is a 1×1 convolution is not even that: it becomes part of the block's last, which reads both its inputs.
 """
 
 from collections.abc import Sequence
@@ -9,8 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from isthmus.nn.block import ResidualBlock
-from isthmus.nn.fold import exchanged, folded_or_copied
+from isthmus.arch.block import FOLDED
+from isthmus.nn.block import BLOCKS, ResidualBlock
+from isthmus.nn.fold import exchanged, folded_or_copied, merge_tensors
 from isthmus.nn.layers import DropPath
 from isthmus.nn.network import ResNet
 
@@ -20,11 +22,11 @@ __all__ = ["fast_form"]
 def fast_form(net: ResNet, names: Sequence[str], device: torch.device, dtype: torch.dtype) -> ResNet:
     """A copy of `net` for its maps `names` in evaluation, without classifier or later stages; not to train or save.
 
-    Pre-activation and group-normalised networks, a caller's own blocks and networks in which modules were exchanged
-    cannot fold and are copied as they are.
+    Group-normalised networks, a caller's own blocks and networks in which modules were exchanged cannot fold and are
+    copied as they are.
     """
     form = folded_or_copied(net)
-    known = form.spec.norm == "none" and not form.spec.preact and not exchanged(form)
+    fused = fuses(device, dtype) and form.spec.dims == 2 and form.spec.norm in FOLDED and not exchanged(form)
     deepest = (
         len(net.stages)
         if "last" in names
@@ -33,10 +35,12 @@ def fast_form(net: ResNet, names: Sequence[str], device: torch.device, dtype: to
     form.fc = nn.Identity()
     for stage in net.stages[deepest:]:
         form.add_module(stage, nn.Identity())
+    if fused:  # before anything is rounded
+        merge_projections(form)
     form = form.eval().requires_grad_(requires_grad=False).to(device, dtype)
     if form.spec.dims == 2:
         form.to(memory_format=torch.channels_last)
-    if known and fuses(device, dtype):
+    if fused:
         fuse(form)
     return form
 
@@ -57,8 +61,28 @@ def fuse(form: ResNet) -> None:
     for module in list(form.modules()):
         if isinstance(module, nn.Sequential | ResidualBlock | ResNet):
             fuse_pairs(module)
-        if isinstance(module, ResidualBlock) and isinstance(module.act, nn.Identity):
-            module.__class__ = FusedBlock  # its activation went into the last convolution, and so must the addition
+        if isinstance(module, ResidualBlock) and adds_last(module):
+            last = module.spec.main[-1].name
+            module.add_module("last", module.get_submodule(last))
+            module.add_module(last, nn.Identity())
+            module.__class__ = FUSED[type(module)]
+
+
+def adds_last(block: ResidualBlock) -> bool:
+    """Whether the addition of the shortcut stands right behind the last convolution."""
+    return block.adds and block.spec.attention == "none"
+
+
+def merge_projections(form: ResNet) -> None:
+    """Put each 1×1 convolution that ends a block's shortcut into that which ends its main path, in place."""
+    for block in [module for module in form.modules() if isinstance(module, ResidualBlock) and adds_last(module)]:
+        ends = [layers[-1] for layers in (block.spec.main, block.spec.downsample) if layers and layers[-1].kernel == 1]
+        convs = [conv for layer in ends if isinstance(conv := block.get_submodule(layer.name), nn.Conv2d)]
+        if len(convs) == 2:
+            expand, project = convs
+            weight, bias = merge_tensors(expand.weight, expand.bias, project.weight, project.bias)
+            expand.weight, expand.bias = nn.Parameter(weight), None if bias is None else nn.Parameter(bias)
+            block.set_submodule(ends[1].name, Subsample(ends[1].stride))
 
 
 def fuse_pairs(parent: nn.Module) -> None:
@@ -85,22 +109,39 @@ class FusedConv(nn.Module):
         if not self.packed:  # into the order that the kernel for maps of this size reads
             self.weight = torch.ops.mkldnn._reorder_convolution_weight(self.weight, *self.how, list(x.shape))  # noqa: SLF001
             self.packed = True
-        ops, activation = torch.ops.mkldnn._convolution_pointwise, "relu" if self.relu else "none"  # noqa: SLF001
+        ops, relu = torch.ops.mkldnn._convolution_pointwise, "relu" if self.relu else None  # noqa: SLF001
         if added is None:
-            out: Tensor = ops(x, self.weight, self.bias, *self.how, activation, [], "")
+            out: Tensor = ops(x, self.weight, self.bias, *self.how, relu or "none", [], "")
         else:
-            out = ops.binary(x, added, self.weight, self.bias, *self.how, "add", None, activation, [], "")
+            out = ops.binary(x, added, self.weight, self.bias, *self.how, "add", None, relu, [], "")
         return out
 
 
-class FusedBlock(ResidualBlock):
-    """A folded bottleneck or basic block whose last convolution adds the shortcut and applies the activation."""
+class Subsample(nn.Module):
+    """Every `stride`-th position: what a strided 1×1 convolution reads."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        filters = () if isinstance(self.aa, nn.Identity) else (self.aa,)
-        *first, last = [child for child in self.children() if isinstance(child, FusedConv) or child in filters]
-        out = x
-        for child in first:
-            out = child(out)
-        result: Tensor = last(out, self.shortcut(x)) if self.adds else last(out)
+        """(N, C, H, W) to (N, C, H / stride, W / stride), rounded up."""
+        return x[:, :, :: self.stride, :: self.stride]
+
+
+class FusedBlock(ResidualBlock):
+    """A folded block whose last convolution joins main path and shortcut, and applies the activation behind them."""
+
+    last: FusedConv
+
+    def joined(self, out: Tensor, x: Tensor) -> Tensor:
+        """What the last convolution makes of the main path before it and of the shortcut of `x`."""
+        shortcut = self.shortcut(x)
+        merged = isinstance(self.downsample, nn.Sequential) and isinstance(self.downsample[-1], Subsample)
+        result: Tensor = self.last(torch.cat([out, shortcut], 1)) if merged else self.last(out, shortcut)
         return result
+
+
+FUSED: dict[type[ResidualBlock], type[FusedBlock]] = {
+    block: type(f"Fused{block.__name__}", (FusedBlock, block), {}) for block in BLOCKS.values()
+}

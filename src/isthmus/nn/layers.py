@@ -35,7 +35,7 @@ def make_layer(layer: Layer, *, dims: int, norm: str, eps: float, activation: st
         )
     if layer.kind == "norm":
         width = layer.out_channels
-        return BATCH_NORM[dims](width, eps=eps) if norm == "batch" else nn.GroupNorm(NORM_GROUPS, width, eps=eps)
+        return nn.GroupNorm(NORM_GROUPS, width, eps=eps) if norm == "group" else BATCH_NORM[dims](width, eps=eps)
     if layer.kind == "act":
         return ACTIVATION[activation]()
     if layer.kind == "linear":

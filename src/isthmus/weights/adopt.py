@@ -76,7 +76,7 @@ def _shapes(spec: NetSpec) -> dict[str, tuple[int, ...]]:
     for name, layer, _ in modules(plan(spec)):
         width = (layer.out_channels,)
         if layer.kind == "norm":
-            leaves = ("weight", "bias", "running_mean", "running_var") if spec.norm == "batch" else ("weight", "bias")
+            leaves = ("weight", "bias", *(() if spec.norm == "group" else ("running_mean", "running_var")))
             shapes |= {f"{name}.{leaf}": width for leaf in leaves}
             continue
         if layer.domain == "channels":
