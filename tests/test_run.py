@@ -50,9 +50,11 @@ def start(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("weights")
     two = network(replace(SPEC, num_classes=2))
     two.classes = ("cat", "dog")
+    preact = replace(SPEC, stages=tuple(replace(stage, block="preact_bottleneck") for stage in SPEC.stages))
     return {
         "plain": weights(folder / "plain.safetensors"),
         "folded": weights(folder / "folded.safetensors", fold(network())),
+        "preact, folded": weights(folder / "preact.safetensors", fold(network(preact))),
         "two": weights(folder / "two.safetensors", two),
     }
 
@@ -75,6 +77,7 @@ RECIPES = {
     "probe, folded": ("probe", "folded", {"views": ("identity", "vflip"), "precision": "bf16"}),
     "finetune": ("finetune", "plain", QUICK),
     "finetune, folded": ("finetune", "folded", QUICK | {"ema": 0.9, "train_norm": True}),
+    "finetune, pre-activation folded": ("finetune", "preact, folded", QUICK | {"train_norm": True}),
     "finetune, partly": ("finetune", "plain", QUICK | {"freeze": "layer2", "head": "linear"}),
     "scratch": ("scratch", "", QUICK | {"arch": "test_resnet", "image_size": 32, "lr": 0.05}),
 }

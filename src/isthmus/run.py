@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from isthmus import records
+from isthmus.arch.block import FOLDED
 from isthmus.arch.plan import Plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec
@@ -233,7 +234,7 @@ def ready_to_train(
     if recipe.weights and recipe.head != "linear":
         net, scores, _ = fit_probe(net, data, recipe, here, precision, reporter, world)
         reporter.say(f"frozen trunk: validation {scores.accuracy:.1%}; from here on the other layers train too")
-    if net.spec.norm != "none":
+    if net.spec.norm not in FOLDED:
         return net
     loader = Loader(
         pictures=data.train,

@@ -141,6 +141,15 @@ def test_statistics_are_those_of_all_batches():
     assert relative_error(normed.bn1.running_var, values.var(1)) <= TOLERANCE
 
 
+def test_norms_of_stages_that_the_head_does_not_read():
+    spec = replace(trimmed(variant("resnetv2_50"))[0], norm="leading", head=HeadSpec(taps=("layer1",)))
+    net, x = random_net(spec), picture(2, 3, 64, 64)
+    normed = insert_batchnorm(net, [x]).eval()
+    with torch.inference_mode():
+        for found, wanted in zip(normed.features(x).values(), net.features(x).values(), strict=True):
+            assert relative_error(found, wanted) <= TOLERANCE
+
+
 def test_training_mode_given_is_given_back():
     net = random_net(replace(variant("resnet18"), norm="none")).train()
     assert insert_batchnorm(net, [picture(2, 3, 64, 64)]).training

@@ -21,6 +21,7 @@ from isthmus.weights.layouts import (
     detect,
     evidence,
     from_native,
+    has,
     preprocess_of,
     to_native,
 )
@@ -193,6 +194,14 @@ def test_what_a_library_does_not_have_is_refused_both_ways(layout, name, reason)
     for translate in (to_native, from_native):
         with pytest.raises(WeightsError, match=rf"layout {layout} has no network like {name}: .*{reason}"):
             translate({}, layout, variant(name))
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnetv2_50", "resnetv2_50_keras"])
+def test_a_folded_network_is_ours_alone(name):
+    spec = variant(name)
+    folded = replace(spec, norm="leading" if spec.preact else "none")
+    assert [layout for layout in LAYOUTS if has(layout, folded)] == ["native"]
+    assert len([layout for layout in LAYOUTS if has(layout, spec)]) > 1
 
 
 def test_writing_refuses_what_reading_leaves_to_the_network():

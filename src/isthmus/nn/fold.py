@@ -180,7 +180,7 @@ def insert_batchnorm(net: ResNet, batches: Iterable[Tensor]) -> ResNet:
     try:
         net.eval()
         for batch in batches:
-            net(batch)
+            net.features(batch)  # the head may read no further than some stage
     finally:
         net.train(mode)
         for handle in handles:
