@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.arch.block import FOLDED
-from isthmus.nn.block import BLOCKS, ResidualBlock
+from isthmus.nn.block import ResidualBlock
 from isthmus.nn.fold import exchanged, folded_or_copied, merge_tensors
 from isthmus.nn.layers import DropPath
 from isthmus.nn.network import ResNet
@@ -62,10 +62,19 @@ def fuse(form: ResNet) -> None:
         if isinstance(module, nn.Sequential | ResidualBlock | ResNet):
             fuse_pairs(module)
         if isinstance(module, ResidualBlock) and adds_last(module):
-            last = module.spec.main[-1].name
-            module.add_module("last", module.get_submodule(last))
-            module.add_module(last, nn.Identity())
-            module.__class__ = FUSED[type(module)]
+            make_fused(module, leads=form.spec.preact)
+
+
+def make_fused(block: ResidualBlock, *, leads: bool) -> None:
+    """Let a block whose convolutions are fused run as FusedBlock; `leads` says that it begins with a norm."""
+    children = block.named_children()
+    left = {name: child for name, child in children if not isinstance(child, nn.Identity | DropPath)}
+    left.pop("downsample", None)
+    names = {"lead": ("bn1", "act1") if leads else (), "behind": ("act",)}
+    parts = {part: tuple(left.pop(name) for name in those if name in left) for part, those in names.items()}
+    for part, modules in (*parts.items(), ("path", tuple(left.values()))):
+        setattr(block, part, modules)
+    block.__class__ = FusedBlock
 
 
 def adds_last(block: ResidualBlock) -> bool:
@@ -130,18 +139,23 @@ class Subsample(nn.Module):
 
 
 class FusedBlock(ResidualBlock):
-    """A folded block whose last convolution joins main path and shortcut, and applies the activation behind them."""
+    """A folded block whose last convolution joins main path and shortcut; what became an identity is not called."""
 
-    last: FusedConv
+    lead: tuple[nn.Module, ...]  # what main path and projection both begin with
+    path: tuple[nn.Module, ...]
+    behind: tuple[nn.Module, ...]
 
-    def joined(self, out: Tensor, x: Tensor) -> Tensor:
-        """What the last convolution makes of the main path before it and of the shortcut of `x`."""
-        shortcut = self.shortcut(x)
+    def forward(self, x: Tensor) -> Tensor:
+        begun = called(self.lead, x)
+        *path, last = self.path
+        out, shortcut = called(path, begun), self.shortcut(begun if self.projects else x)
         merged = isinstance(self.downsample, nn.Sequential) and isinstance(self.downsample[-1], Subsample)
-        result: Tensor = self.last(torch.cat([out, shortcut], 1)) if merged else self.last(out, shortcut)
-        return result
+        out = last(torch.cat([out, shortcut], 1)) if merged else last(out, shortcut)
+        return called(self.behind, out)
 
 
-FUSED: dict[type[ResidualBlock], type[FusedBlock]] = {
-    block: type(f"Fused{block.__name__}", (FusedBlock, block), {}) for block in BLOCKS.values()
-}
+def called(modules: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """What modules in a row make of `x`."""
+    for module in modules:
+        x = module(x)
+    return x
