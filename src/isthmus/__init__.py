@@ -15,11 +15,12 @@ from isthmus.errors import IsthmusError
 
 if TYPE_CHECKING:
     from isthmus.deploy.export import export
+    from isthmus.deploy.predictor import Predictor
     from isthmus.nn.block import BasicBlock, BottleneckBlock, PreActBottleneckBlock, projection
     from isthmus.nn.fold import fold
     from isthmus.nn.freeze import freeze
     from isthmus.nn.network import ResNet
-    from isthmus.run import evaluate, fit, predict
+    from isthmus.run import evaluate, fit, predict, quantize
     from isthmus.train.recipe import Recipe
     from isthmus.weights.fit import LoadReport
     from isthmus.weights.load import create, load, load_weights
@@ -42,7 +43,9 @@ LAZY = {
     "evaluate": "isthmus.run",
     "export": "isthmus.deploy.export",
     "fit": "isthmus.run",
+    "Predictor": "isthmus.deploy.predictor",
     "predict": "isthmus.run",
+    "quantize": "isthmus.run",
 }
 
 __all__ = [
@@ -55,6 +58,7 @@ __all__ = [
     "NetSpec",
     "Plan",
     "PreActBottleneckBlock",
+    "Predictor",
     "Preprocess",
     "Recipe",
     "ResNet",
@@ -72,6 +76,7 @@ __all__ = [
     "plan",
     "predict",
     "projection",
+    "quantize",
     "save_weights",
     "variant",
     "variants",

@@ -7,15 +7,19 @@ IsthmusError
 ├── DataError            pictures, labels or folders that cannot be used
 ├── RecipeError          a training recipe with an unknown or impossible setting
 ├── ExportError          an exported file that does not compute what its network does
+├── EngineError          no engine here computes what the network does, in the precision asked for
+├── PrecisionError       a lower precision that changes more predictions than allowed, or saves no time
 ├── RunError             a run folder that is missing, unfinished or cannot be written
 └── MissingExtraError    an optional library is not installed
 """
 
 __all__ = [
     "DataError",
+    "EngineError",
     "ExportError",
     "IsthmusError",
     "MissingExtraError",
+    "PrecisionError",
     "RecipeError",
     "RunError",
     "ShortcutError",
@@ -50,6 +54,14 @@ class RecipeError(IsthmusError):
 
 class ExportError(IsthmusError):
     """An exported file that does not compute what its network does."""
+
+
+class EngineError(IsthmusError):
+    """No engine here computes what the network does, in the precision asked for."""
+
+
+class PrecisionError(IsthmusError):
+    """A lower precision that changes more predictions than allowed, or saves no time."""
 
 
 class RunError(IsthmusError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,8 +24,11 @@ from isthmus.data.loader import Loader
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import DataSet, list_pictures, open_data, open_pictures
 from isthmus.data.transform import normalise
-from isthmus.deploy.export import Exported, export
-from isthmus.errors import DataError, RecipeError, RunError
+from isthmus.deploy.engines import Model
+from isthmus.deploy.export import NOT_BOTH, Exported, export
+from isthmus.deploy.formats import format_of
+from isthmus.deploy.quantize import CALIBRATION, Limits, Quantised, quantized
+from isthmus.errors import DataError, RecipeError, RunError, SpecError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
@@ -57,7 +60,7 @@ from isthmus.train.reporter import Reporter
 from isthmus.weights.load import create, load, load_weights
 from isthmus.weights.save import save_weights
 
-__all__ = ["Prediction", "Run", "evaluate", "export_run", "fit", "predict"]
+__all__ = ["Prediction", "Run", "evaluate", "export_run", "fit", "predict", "quantize"]
 
 FOLDS = 3  # of the cross-validation that chooses a head
 COMPARED = 20  # pictures on which an exported file is compared with its network
@@ -379,10 +382,15 @@ def evaluation_pictures(folder: Path, classes: tuple[str, ...], data: str) -> Pi
         found = open_pictures(data)
     else:
         raise RunError(f"{folder} does not say what it was trained on; name the pictures with --data")
-    unknown = sorted(set(found.classes) - set(classes))
+    return known(found, classes)
+
+
+def known(pictures: Pictures, classes: tuple[str, ...]) -> Pictures:
+    """The same pictures with labels in the order of a network's classes; raises DataError for classes beside them."""
+    unknown = sorted(set(pictures.classes) - set(classes))
     if unknown:
         raise DataError(f"the network does not know the classes {unknown}; it knows {', '.join(classes) or 'none'}")
-    return found.under(classes)
+    return pictures.under(classes)
 
 
 def predict(
@@ -446,14 +454,58 @@ def write_predictions(path: Path, rows: Sequence[Prediction], top: int) -> None:
     atomic_write(path, write)
 
 
+def quantize(
+    run: Path | str,
+    data: str = "",
+    *,
+    engine: str = "openvino",
+    limits: Limits | None = None,
+    pictures: Sequence[Path | str] = (),
+    reporter: Reporter | None = None,
+) -> Quantised:
+    """The network of a run in 8 bits for an engine, calibrated on its training pictures and measured on the others.
+
+    `data` names other labelled pictures, as for training; `pictures` (files and folders) have no labels, so that
+    agreement alone is measured, on every second of them. Raises as `quantized` does.
+    """
+    reporter, net, folder = reporter or Reporter(), load(run).eval(), Path(run)
+    if pictures:
+        found = Pictures.unlabelled(list_pictures(*pictures))
+        calibration, held_out = (found.subset(range(start, len(found), 2)) for start in (0, 1))
+    elif recipe := own_pictures(folder, data):
+        both = open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
+        calibration, held_out = both.train, known(both.val, net.classes)
+    elif data:
+        both = open_data(data)
+        calibration, held_out = both.train, known(both.val, net.classes)
+    else:
+        raise RunError(f"int8 is calibrated and measured on pictures, and {run} names none; give --data or --pictures")
+    reporter.say(f"int8: calibrating on {min(len(calibration), CALIBRATION)} pictures, measuring on {len(held_out)}")
+    return quantized(Model(net), calibration, held_out, limits, engine=engine, say=reporter.say)
+
+
 def export_run(
-    run: Path | str, out: Path | str, *, preprocessing: bool = False, pictures: Sequence[Path | str] = ()
+    run: Path | str,
+    out: Path | str,
+    *,
+    preprocessing: bool = False,
+    precision: Literal["fp32", "int8"] = "fp32",
+    data: str = "",
+    limits: Limits | None = None,
+    pictures: Sequence[Path | str] = (),
+    reporter: Reporter | None = None,
 ) -> Exported:
     """Export the network of a run, compared on pictures (files and folders), else on the run's validation pictures.
 
-    Raises as `export` does, and DataError for pictures that cannot be read.
+    Int8 is made as `quantize` makes it. Raises as `export` and `quantize` do, and DataError for pictures that cannot
+    be read.
     """
-    net, folder = load(run).eval(), Path(run)
+    net, folder, int8 = load(run).eval(), Path(run), None
+    if precision == "int8":
+        if preprocessing:
+            raise SpecError(NOT_BOTH)
+        engine = format_of(Path(out)).engine
+        int8 = quantize(run, data, engine=engine, limits=limits, pictures=pictures, reporter=reporter)
     if pictures:
         found: Pictures | None = Pictures.unlabelled(list_pictures(*pictures))
     else:
@@ -461,7 +513,7 @@ def export_run(
     places = np.linspace(0, len(found) - 1, min(COMPARED, len(found))).astype(int) if found else ()
     channels = net.preprocess.channels
     pixels = [decode(found.read(place), channels, found.name(place)) for place in places] if found else []
-    return export(net, out, preprocessing=preprocessing, pictures=pixels)
+    return export(net, out, preprocessing=preprocessing, int8=int8, pictures=pixels)
 
 
 def environment(here: Machine, precision: Precision, world: World) -> dict[str, Any]:

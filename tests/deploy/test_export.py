@@ -18,8 +18,7 @@ from isthmus.arch.plan import plan
 from isthmus.arch.preprocess import IMAGENET, Preprocess
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant
-from isthmus.deploy import export as exporting
-from isthmus.deploy import formats, graph
+from isthmus.deploy import graph, program
 from isthmus.deploy.export import export
 from isthmus.deploy.formats import FORMATS
 from isthmus.errors import ExportError, IsthmusError, RunError, SpecError
@@ -101,9 +100,7 @@ def test_pictures_are_prepared_inside(suffix, name, net, photos, tmp_path):
 @pytest.mark.long
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_twenty_photographs_before_the_first_convolution(suffix, photos, tmp_path):
-    module = graph.FromPixels(IMAGENET)
-    program = formats.trace(module, exporting.picture_example(IMAGENET), "pictures", exporting.PICTURE_AXES, "")
-    FORMATS[suffix].write(program, tmp_path / f"pixels{suffix}")
+    FORMATS[suffix].write(program.of_pixels(IMAGENET), tmp_path / f"pixels{suffix}")
     std = torch.tensor(IMAGENET.std)[:, None, None]
     for path in photos[:20]:
         found = run(tmp_path / f"pixels{suffix}", pixels(path)[None])
@@ -174,8 +171,8 @@ class Brighter(nn.Module):
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_an_engine_that_gives_wrong_numbers(suffix, net, tmp_path, monkeypatch):
-    real = exporting.traced
-    monkeypatch.setattr(exporting, "traced", lambda form, *others: real(Brighter(form), *others))
+    real = program.traced
+    monkeypatch.setattr(program, "traced", lambda form, *others: real(Brighter(form), *others))
     (tmp_path / f"net{suffix}").write_text("an older file")
     with pytest.raises(ExportError, match="does not compute what the network does"):
         export(net, tmp_path / f"net{suffix}")

@@ -2,11 +2,19 @@
 
 import json
 from dataclasses import replace
+from typing import Annotated
+
+from cyclopts import Parameter
 
 from isthmus.cli.options import Device, Json
-from isthmus.report.tables import console, print_table
+from isthmus.report.tables import console, print_report, print_table, size
 
-__all__ = ["data"]
+__all__ = ["data", "engines"]
+
+INT8_TIMED = (
+    "int8 was calibrated on made-up pictures: its speed counts; `isthmus export RUN FILE --precision int8` measures "
+    "what it costs"
+)
 
 
 def data(
@@ -89,3 +97,89 @@ def data(
     )
     if plain.unreadable:
         console.print(f"pictures that could not be read: {len(plain.unreadable)}", markup=False)
+
+
+def engines(
+    network: str,
+    *,
+    image_size: int = 0,
+    batch_sizes: Annotated[tuple[int, ...], Parameter(negative="", consume_multiple=True)] = (1, 16),
+    as_json: Json = False,
+) -> None:
+    """Show how many pictures a second each engine reaches in each precision, and what part of this machine's limit.
+
+    Parameters
+    ----------
+    network
+        A name from `isthmus models`, a run folder or a weight file.
+    image_size
+        Pixels a side; what the network was made for unless given.
+    batch_sizes
+        Pictures at once.
+    """
+    import torch
+
+    from isthmus import records
+    from isthmus.arch.cost import cost
+    from isthmus.arch.variants import variants
+    from isthmus.deploy.engines import ENGINES, PRECISIONS, EnginePrecision, Model
+    from isthmus.deploy.pace import limit
+    from isthmus.deploy.predictor import HINTS, Hint, Timed, choose
+    from isthmus.deploy.program import input_size
+    from isthmus.deploy.quantize import to_be_timed
+    from isthmus.errors import MissingExtraError
+    from isthmus.report.terminal import TerminalReporter
+    from isthmus.runtime import machine
+    from isthmus.weights.load import create, load
+
+    net = (create(network) if network in variants() else load(network)).eval()
+    if image_size:
+        net.preprocess = net.preprocess.at(image_size)
+    model, notes = Model(net), [INT8_TIMED]
+    with TerminalReporter() as reporter:
+        try:
+            reporter.say("calibrating int8 on made-up pictures")
+            model.int8 = to_be_timed(model)
+        except MissingExtraError as error:
+            notes = [str(error)]
+        found = {}
+        for count in batch_sizes:
+            for hint in HINTS:
+                reporter.say(f"timing {count} at once for {hint}")
+                found[count, hint] = choose(model, hint=hint, batch_size=count, again=True)[0]
+    timed: dict[tuple[EnginePrecision, str], dict[tuple[int, Hint], Timed]] = {
+        (row.precision, row.engine): {} for choice in found.values() for row in choice.rows
+    }
+    for way, choice in found.items():
+        for row in choice.rows:
+            timed[row.precision, row.engine][way] = row
+    side, here = input_size(net), machine("cpu")
+    flops = cost(net.spec, side).flops
+    limits = {
+        precision: limit(precision) / flops for precision in PRECISIONS if any(precision in pair for pair in timed)
+    }
+    if as_json:
+        rows = [
+            records.to_dict(row) | {"batch_size": count, "hint": hint}
+            for (count, hint), choice in found.items()
+            for row in choice.rows
+        ]
+        said = {"unit": "pictures/s", "network": network, "machine": here.name, "limits": limits, "rows": rows}
+        print(json.dumps(said, indent=2))  # noqa: T201
+        return
+
+    def told(row: Timed) -> str:
+        return "–" if row.refused else f"{row.rate:.1f} ({row.rate / limits[row.precision]:.2f})"
+
+    print_table(
+        f"{network} at {size(side)} on {here.name}, {torch.get_num_threads()} threads: pictures/s (part of the limit)",
+        ("engine", "precision", *(f"{count}, {hint}" for count, hint in found)),
+        (
+            (ENGINES[engine].title, precision, *(told(timed[precision, engine][way]) for way in found))
+            for precision in limits
+            for _, engine in sorted(pair for pair in timed if pair[0] == precision)
+        ),
+        note="The limit: " + ", ".join(f"{each} {rate:.1f}" for each, rate in limits.items()),
+    )
+    notes += [str(row) for choice in found.values() for row in choice.rows if row.refused]
+    print_report("\n".join(dict.fromkeys(notes)))

@@ -16,7 +16,7 @@ app = App(
 )
 weights = App(name="weights", help="Weight files: look inside, write under other names, prove and find them.")
 app.command(weights)
-bench = App(name="bench", help="How fast this machine is at the work.")
+bench = App(name="bench", help="How fast this machine is: with a network in each engine, or, by `data`, in training.")
 app.command(bench)
 # What a command does is said here too, so that `isthmus --help` imports none of them; a test holds the two together.
 COMMANDS = (
@@ -76,6 +76,10 @@ for group, name, place, text in COMMANDS:
 
 def main() -> None:
     """Run the command line; a user's mistake is one message and exit status 2."""
+    if "bench" in sys.argv[1:2] and bench.default_command is None:  # of defaults, cyclopts takes no names to import
+        from isthmus.cli.bench import engines
+
+        bench.default(engines)
     try:
         app(exit_on_error=False, print_error=True)
     except CycloptsError:

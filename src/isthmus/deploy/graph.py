@@ -12,16 +12,21 @@ from isthmus.errors import SpecError
 from isthmus.nn.fold import folded_or_copied
 from isthmus.nn.network import ResNet
 
-__all__ = ["FromPictures", "FromPixels", "ready"]
+__all__ = ["FromPictures", "FromPixels", "check_mode", "ready"]
 
 
-def ready(net: ResNet) -> ResNet:
-    """A copy in fp32 on the CPU, folded where it can be, for evaluation; raises SpecError for one in training mode."""
+def check_mode(net: ResNet) -> None:
+    """Raise SpecError for a network in training mode."""
     if net.training:
         raise SpecError(
             "the network is in training mode, and would run other batch norms than it was measured with: "
             "call net.eval() first"
         )
+
+
+def ready(net: ResNet) -> ResNet:
+    """A copy in fp32 on the CPU, folded where it can be, for evaluation; raises SpecError for one in training mode."""
+    check_mode(net)
     return folded_or_copied(net).cpu().float().eval().requires_grad_(requires_grad=False)
 
 

@@ -14,7 +14,27 @@ from isthmus.nn.fuse import fast_form
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine, Precision, torch_dtype
 
-__all__ = ["Inference"]
+__all__ = ["Inference", "TrunkAndHead"]
+
+
+class TrunkAndHead(nn.Module):
+    """A trunk in `dtype`, its pooling and classifier in fp32: normalised fp32 images (N, C, *size) to logits."""
+
+    def __init__(self, trunk: ResNet, head: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.trunk, self.head, self.dtype = trunk, head, dtype
+        self.layout = torch.channels_last if trunk.spec.dims == 2 else torch.preserve_format
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """What the classifier sees: fp32 (N, features)."""
+        taps = self.trunk.spec.head.taps
+        maps = self.trunk.features(x.to(self.dtype, memory_format=self.layout), taps)
+        return torch.cat([self.trunk.pool(maps[name], torch.float32) for name in taps], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes)."""
+        logits: Tensor = self.head(self.pooled(x))
+        return logits
 
 
 class Inference:
@@ -26,24 +46,16 @@ class Inference:
     def __init__(self, net: ResNet, machine: Machine, precision: Precision | None = None) -> None:
         self.machine, self.record = machine, net.preprocess
         self.precision: Precision = precision or machine.precision
-        self.dtype = torch_dtype(self.precision)
-        self.head: nn.Module = copy.deepcopy(net.fc).eval().to(machine.torch_device)
-        self.trunk = fast_form(net, net.spec.head.taps, machine.torch_device, self.dtype)
-
-    @torch.inference_mode()
-    def pooled(self, images: Tensor) -> Tensor:
-        """What the classifier sees of uint8 images (N, C, H, W), in one view: fp32 (N, features)."""
-        x = normalise(images.to(self.machine.torch_device), self.record)
-        x = x.to(self.dtype, memory_format=torch.channels_last)
-        taps = self.trunk.spec.head.taps
-        maps = self.trunk.features(x, taps)
-        return torch.cat([self.trunk.pool(maps[name], torch.float32) for name in taps], dim=1)
+        dtype, device = torch_dtype(self.precision), machine.torch_device
+        head: nn.Module = copy.deepcopy(net.fc).eval().to(device)
+        self.net = TrunkAndHead(fast_form(net, net.spec.head.taps, device, dtype), head, dtype)
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
         """Logits of uint8 images (N, C, H, W), averaged over the views: fp32 (N, classes)."""
         views: Sequence[Tensor] = seen_in(images, self.record.views)
-        total: Tensor = sum(self.head(self.pooled(view)) for view in views)
+        images_of = (normalise(view.to(self.machine.torch_device), self.record) for view in views)
+        total: Tensor = sum(self.net(images) for images in images_of)
         return total / len(views)
 
     def run(self, loader: Loader) -> Iterator[tuple[Batch, Tensor]]:

@@ -1,0 +1,192 @@
+"""The engines that run a network on the CPU: what each computes, and how it is opened."""
+
+import copy
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from isthmus.deploy import program
+from isthmus.deploy.graph import check_mode, ready
+from isthmus.deploy.program import needed
+from isthmus.evaluation.inference import TrunkAndHead
+from isthmus.nn.fuse import fast_form
+from isthmus.nn.network import ResNet
+from isthmus.runtime import machine
+
+if TYPE_CHECKING:
+    from isthmus.deploy.quantize import Quantised
+
+__all__ = [
+    "CPU",
+    "ENGINES",
+    "PRECISIONS",
+    "Engine",
+    "EnginePrecision",
+    "Model",
+    "Run",
+    "Work",
+    "native_bf16",
+    "onnxruntime",
+    "openvino",
+]
+
+EnginePrecision = Literal["fp32", "bf16", "int8"]
+PRECISIONS: tuple[EnginePrecision, ...] = ("fp32", "bf16", "int8")
+Run = Callable[[NDArray[Any]], NDArray[np.float32]]
+"""From the one input of a network to its logits."""
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """How the cores are shared: `jobs` calls at once, each with so many `threads`."""
+
+    threads: int
+    jobs: int = 1
+
+
+class Model:
+    """A network in evaluation in the forms that engines take, each made when it is first asked for."""
+
+    def __init__(self, net: ResNet, int8: "Quantised | None" = None) -> None:
+        check_mode(net)
+        self.net, self.int8 = net, int8
+
+    @cached_property
+    def reference(self) -> ResNet:
+        """As it is, in fp32 on the CPU: what engines are compared with."""
+        return copy.deepcopy(self.net).cpu().float()
+
+    @cached_property
+    def form(self) -> ResNet:
+        """Folded, in fp32."""
+        return ready(self.net)
+
+    @cached_property
+    def onnx(self) -> bytes:
+        """From normalised images to logits, in fp32."""
+        return program.of_images(self.form).onnx
+
+    def file(self, precision: EnginePrecision) -> bytes:
+        """The ONNX file that engines compute in `precision` from."""
+        return self.int8.onnx if precision == "int8" and self.int8 else self.onnx
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Engine:
+    """An engine: its name for people, its precisions, the libraries it needs, the extra that brings them.
+
+    `parallel` says that it may be called several times at once.
+    """
+
+    title: str
+    precisions: tuple[EnginePrecision, ...]
+    open: Callable[[Model, EnginePrecision, Work], Run]
+    libraries: Sequence[str] = ()
+    extra: str = ""
+    parallel: bool = False
+
+    def check_installed(self) -> None:
+        """Raise MissingExtraError unless its libraries are here."""
+        for library in self.libraries:
+            needed(library, self.extra)
+
+
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 itself."""
+    return machine("cpu").precision == "bf16"
+
+
+def open_torch(model: Model, precision: EnginePrecision, work: Work) -> Run:
+    """Our fast form, eager: convolutions fused by oneDNN with what follows them."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    trunk = fast_form(model.net, model.net.spec.head.taps, CPU, dtype)
+    return of_torch(TrunkAndHead(trunk, model.form.fc, dtype), work)
+
+
+def open_inductor(model: Model, precision: EnginePrecision, work: Work) -> Run:
+    """The folded network compiled by Inductor with its weights frozen, once for each shape that it meets."""
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    trunk = ready(model.net).to(dtype)
+    trunk.fc = nn.Identity()
+    if trunk.spec.dims == 2:
+        trunk.to(memory_format=torch.channels_last)
+    compiled: Any = torch.compile(TrunkAndHead(trunk, model.form.fc, dtype), dynamic=False, options={"freezing": True})
+    return of_torch(compiled, work)
+
+
+def of_torch(module: Callable[[torch.Tensor], torch.Tensor], work: Work) -> Run:
+    """A torch module on arrays."""
+
+    def run(batch: NDArray[Any]) -> NDArray[np.float32]:
+        if torch.get_num_threads() != work.threads:
+            torch.set_num_threads(work.threads)
+        with torch.no_grad():
+            found: NDArray[np.float32] = module(torch.from_numpy(batch)).numpy()
+            return found
+
+    return run
+
+
+def onnxruntime(file: bytes | Path, _precision: EnginePrecision = "fp32", work: Work | None = None) -> Run:
+    """ONNX Runtime on the CPU, in the file's own precisions; with all cores where `work` says nothing."""
+    runtime = needed("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = work.threads if work else 0
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    return lambda batch: session.run(None, {entry.name: np.ascontiguousarray(batch)})[0]
+
+
+def openvino(file: bytes | Path, precision: EnginePrecision = "fp32", work: Work | None = None) -> Run:
+    """OpenVINO on the CPU; what int8 leaves over in bf16 where the CPU has it. With all cores where `work` is None."""
+    low = precision != "fp32" and native_bf16()
+    wanted: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32"}
+    if work:
+        wanted |= {
+            "PERFORMANCE_HINT": "LATENCY" if work.jobs == 1 else "THROUGHPUT",
+            "NUM_STREAMS": work.jobs,
+            "INFERENCE_NUM_THREADS": work.threads * work.jobs,
+        }
+    core = needed("openvino", "openvino").Core()
+    compiled = core.compile_model(core.read_model(file), "CPU", wanted)
+    own = threading.local()  # each calling thread has a request of its own, and may run beside the others
+
+    def run(batch: NDArray[Any]) -> NDArray[np.float32]:
+        if not hasattr(own, "request"):
+            own.request = compiled.create_infer_request()
+        found: NDArray[np.float32] = own.request.infer([np.ascontiguousarray(batch)])[0]
+        return found
+
+    return run
+
+
+ENGINES: dict[str, Engine] = {
+    "torch": Engine(title="torch, fused", precisions=("fp32", "bf16"), open=open_torch),
+    "inductor": Engine(title="torch, compiled", precisions=("fp32", "bf16"), open=open_inductor),
+    "onnxruntime": Engine(
+        title="ONNX Runtime",
+        precisions=("fp32", "int8"),
+        open=lambda model, precision, work: onnxruntime(model.file(precision), precision, work),
+        libraries=("onnx", "onnxscript", "onnxruntime"),
+        extra="onnx",
+        parallel=True,
+    ),
+    "openvino": Engine(
+        title="OpenVINO",
+        precisions=("fp32", "bf16", "int8"),
+        open=lambda model, precision, work: openvino(model.file(precision), precision, work),
+        libraries=("onnx", "onnxscript", "openvino"),
+        extra="openvino",
+        parallel=True,
+    ),
+}
+"""By the name that commands take."""

@@ -1,0 +1,79 @@
+"""Pictures a second: engines timed turn by turn, and the most that this machine's cores could do."""
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import torch
+
+from isthmus.deploy.engines import EnginePrecision
+
+__all__ = ["limit", "rates"]
+
+K = TypeVar("K", bound=Hashable)
+ROUNDS = 5
+BEHIND = 1.4  # times the fastest
+LEAST = 0.15  # seconds of a round, so that one interruption is not all of it
+# A 3×3 convolution that fits the cache: oneDNN runs it at the rate of the multiply-add units themselves.
+PICTURES, CHANNELS, SIDE = 16, 256, 14
+OPERATIONS = 2 * PICTURES * SIDE**2 * CHANNELS**2 * 9
+
+
+def rates(calls: Mapping[K, Callable[[], object]], pictures: int) -> dict[K, float]:
+    """Pictures a second of each call, which does so many: medians of rounds A B A B.
+
+    Those that are far behind after a first round are not timed again.
+    """
+    repeats = {key: max(1, round(LEAST / seconds(call))) for key, call in calls.items()}
+    times = {key: [seconds(call, repeats[key])] for key, call in calls.items()}
+    near = [key for key, (first,) in times.items() if first <= BEHIND * min(times.values())[0]]
+    for key in near:
+        times[key].clear()
+    for _ in range(ROUNDS):
+        for key in near:
+            times[key].append(seconds(calls[key], repeats[key]))
+    return {key: pictures / statistics.median(took) for key, took in times.items()}
+
+
+def seconds(call: Callable[[], object], repeats: int = 1) -> float:
+    """The time of a call, the mean of so many."""
+    begun = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begun) / repeats
+
+
+def limit(precision: EnginePrecision) -> float:
+    """Operations (multiplications and additions) a second that all cores reach in a precision, measured here."""
+    convolution = CONVOLUTIONS[precision]()
+    with torch.inference_mode():
+        convolution()  # the first call packs the weights
+        return rates({precision: convolution}, 1)[precision] * OPERATIONS
+
+
+def floating(dtype: torch.dtype) -> Callable[[], object]:
+    """The convolution in a floating-point precision."""
+    x = torch.randn(PICTURES, CHANNELS, SIDE, SIDE, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    conv = torch.nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, dtype=dtype).to(memory_format=torch.channels_last)
+    return lambda: conv(x)
+
+
+def eight_bits() -> Callable[[], object]:
+    """The convolution in 8 bits, by the operation that torch's compiler emits."""
+    ops, ones, none = torch.ops.onednn, [1, 1], torch.zeros(CHANNELS, dtype=torch.long)
+    scales = torch.full((CHANNELS,), 0.01)
+    x = torch.randint(255, (PICTURES, CHANNELS, SIDE, SIDE), dtype=torch.uint8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.randint(-127, 127, (CHANNELS, CHANNELS, 3, 3), dtype=torch.int8)
+    packed = ops.qconv_prepack(weight, scales, 0.02, 0, ones, ones, ones, 1, list(x.shape))
+    return lambda: ops.qconv2d_pointwise(
+        x, 0.02, 0, packed, scales, none, None, ones, ones, ones, 1, 0.05, 0, torch.uint8, "relu", [], ""
+    )
+
+
+CONVOLUTIONS: dict[EnginePrecision, Callable[[], Callable[[], object]]] = {
+    "fp32": lambda: floating(torch.float32),
+    "bf16": lambda: floating(torch.bfloat16),
+    "int8": eight_bits,
+}
