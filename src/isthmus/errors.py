@@ -61,7 +61,11 @@ class EngineError(IsthmusError):
 
 
 class PrecisionError(IsthmusError):
-    """A lower precision that changes more predictions than allowed, or saves no time."""
+    """A lower precision that changes more predictions than allowed, or saves no time; `tried` are the measurements."""
+
+    def __init__(self, message: str, tried: tuple[object, ...] = ()) -> None:
+        super().__init__(message)
+        self.tried = tried
 
 
 class RunError(IsthmusError):

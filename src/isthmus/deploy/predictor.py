@@ -125,11 +125,19 @@ class Predictor:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of normalised float32 images (N, C, *size), of any number and size."""
-        return torch.from_numpy(self.opened.one(images.numpy()))
+        return torch.from_numpy(self.opened.one(array(images)))
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Logits of batches in their order; several are in work at once where throughput is asked for."""
-        return map(torch.from_numpy, self.opened.many(batch.numpy() for batch in batches))
+        return map(torch.from_numpy, self.opened.many(map(array, batches)))
+
+
+def array(images: Tensor) -> NDArray[np.float32]:
+    """Images as engines take them; raises EngineError for pixels that nobody normalised."""
+    if not images.is_floating_point():
+        raise EngineError(f"images are {images.dtype}; normalise them first, as the network's preprocessing says")
+    found: NDArray[np.float32] = images.detach().float().cpu().numpy()
+    return found
 
 
 def choose(

@@ -125,7 +125,7 @@ def quantized(
     images = list(samples(calibration, model.net, CALIBRATION))
     original = needed("onnx", "onnx").load_from_string(model.onnx)
     whole = calibrated(original, images)
-    names, higher, told = qdq.layers(original, whole), list[str](), list[str]()
+    names, higher, told, tried = qdq.layers(original, whole), list[str](), list[str](), list[Judged]()
     errors: dict[str, float] = {}
     for turn in range(TRIES):
         if turn == 1:
@@ -136,6 +136,7 @@ def quantized(
             higher = worst(errors, allowed)
         file = bytes(qdq.mixed(original, whole, higher).SerializeToString()) if higher else whole.SerializeToString()
         judged = judge(OPEN[engine](file, "int8"), wanted)
+        tried.append(judged)
         told.append(f"{judged}" + (f" with {len(higher)} of {len(names)} layers in higher precision" if higher else ""))
         if judged.within(limits):
             return Quantised(onnx=file, engines=(engine,), higher=tuple(names[each] for each in higher), judged=judged)
@@ -143,7 +144,8 @@ def quantized(
     raise PrecisionError(
         f"int8 changes more than --max-drop {limits.max_drop:g} and --min-agreement {limits.min_agreement:g} allow: "
         f"{'; '.join(told)}. Most of the error comes from {fault}. Calibrate on pictures like those that it will see, "
-        f"allow more, or stay with bf16"
+        f"allow more, or stay with bf16",
+        tuple(tried),
     )
 
 
