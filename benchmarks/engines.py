@@ -6,6 +6,7 @@ the same purpose. Peers that are far behind in a first round are not run again: 
 """
 
 import gc
+import statistics
 import tempfile
 import time
 from collections import deque
@@ -156,14 +157,13 @@ def case(name: str, made: dict, model: Model, precision: str, count: int, hint: 
     for call in calls.values():
         call()
     first = {who: min(times) for who, times in interleaved(calls, runs=2, warm_up=0).items()}
-    near = {who: calls[who] for who in calls if who == "ours" or first[who] <= BEHIND * min(first.values())}
+    others = [who for who in calls if who != "ours"]
+    least = min(first[who] for who in others)
+    near = {who: calls[who] for who in calls if who == "ours" or first[who] <= BEHIND * least}
     times = interleaved(near, runs=ROUNDS, warm_up=0)
-    medians = {who: sorted(each)[len(each) // 2] for who, each in times.items()}
-    best = min((who for who in near if who != "ours"), key=medians.__getitem__, default=min(first, key=first.get))
+    medians = {who: statistics.median(each) for who, each in times.items()}
+    best = min((who for who in near if who != "ours"), key=medians.__getitem__)
     pictures = count * batches
-    ratio = (
-        spread(ratios(times[best], times["ours"])) if best in times else {"median": 1.0, "min": 1, "max": 1, "runs": 0}
-    )
     row = {
         "network": name,
         "precision": precision,
@@ -172,8 +172,8 @@ def case(name: str, made: dict, model: Model, precision: str, count: int, hint: 
         "chosen": str(ours.choice.rows[0]).rpartition(" ")[0],
         "ours, pictures/s": pictures / medians["ours"],
         "best by hand": best,
-        "ours over best": ratio,
-        "others": {who: round(pictures / first[who], 1) for who in calls if who != "ours"},
+        "ours over best": spread(ratios(times[best], times["ours"])),
+        "others": {who: round(pictures / first[who], 1) for who in others},
         "seconds to choose": chosen,
     }
     print(row, flush=True)

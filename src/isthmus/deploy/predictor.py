@@ -4,9 +4,9 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 from pathlib import Path
 from typing import Literal
@@ -20,7 +20,7 @@ from isthmus import records
 from isthmus.atomic import atomic_write
 from isthmus.cache import cache_folder
 from isthmus.deploy.compare import logits, made_up, network_input, relative
-from isthmus.deploy.engines import ENGINES, PRECISIONS, EnginePrecision, Model, Run, Work, native_bf16
+from isthmus.deploy.engines import ENGINES, PRECISIONS, EnginePrecision, Model, OpenVINO, Run, Work, native_bf16
 from isthmus.deploy.pace import rates
 from isthmus.deploy.program import input_size
 from isthmus.deploy.quantize import Quantised
@@ -78,24 +78,29 @@ class Opened:
 
     def __init__(self, run: Run, jobs: int) -> None:
         self.run, self.jobs = run, jobs
-        self.pool = ThreadPoolExecutor(jobs) if jobs > 1 else None
+        self.pool = ThreadPoolExecutor(jobs) if jobs > 1 and not isinstance(run, OpenVINO) else None
 
     def one(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of a batch, shared by all jobs."""
-        if self.pool is None or len(images) < 2:
-            return self.run(images)
-        return np.concatenate(list(self.pool.map(self.run, np.array_split(images, min(self.jobs, len(images))))))
+        jobs = min(self.jobs, len(images))
+        return np.concatenate(list(self.many(np.array_split(images, jobs)))) if jobs > 1 else self.run(images)
 
     def many(self, batches: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
         """Logits of batches, in their order, a job each."""
-        if self.pool is None:
+        if self.jobs == 1:
             yield from map(self.run, batches)
-            return
+        elif isinstance(self.run, OpenVINO):  # it has threads of its own, and needs none that wait for them
+            yield from self.run.many(batches)
+        elif self.pool:
+            yield from self.pooled(self.pool, batches)
+
+    def pooled(self, pool: Executor, batches: Iterable[NDArray[np.float32]]) -> Iterator[NDArray[np.float32]]:
+        """By threads; as many batches again as are in work wait."""
         waiting: deque[Future[NDArray[np.float32]]] = deque()
         for batch in batches:
-            if len(waiting) > self.jobs:  # one more than can run, so that none waits for this thread
+            if len(waiting) == 2 * self.jobs:
                 yield waiting.popleft().result()
-            waiting.append(self.pool.submit(self.run, batch))
+            waiting.append(pool.submit(self.run, batch))
         while waiting:
             yield waiting.popleft().result()
 
@@ -155,7 +160,7 @@ def choose(
         raise EngineError(f"batch_size is {batch_size}; it must be 1 or more")
     place = cache_folder("engines") / f"{key(model, pairs, hint, batch_size)}.json"
     images, known = sample(model, batch_size)
-    work = shared_work(hint)
+    work = replace(shared_work(hint), shape=images.shape)
 
     def tried(name: str, precision: EnginePrecision) -> Opened:
         return opened(model, name, precision, work, images, known)
@@ -233,7 +238,7 @@ def opened(
     engine = ENGINES[name]
     engine.check_installed()
     jobs = work.jobs if engine.parallel else 1
-    work = work if engine.parallel else Work(threads=work.threads * work.jobs)
+    work = work if engine.parallel else Work(threads=work.threads * work.jobs, shape=work.shape)
     try:
         run = engine.open(model, precision, work)
         found = run(images)
