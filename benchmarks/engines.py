@@ -39,6 +39,8 @@ CASES = {
 }
 ROUNDS = 10
 BEHIND = 1.3
+PAUSE = 0.1  # ONNX Runtime's threads spin for some 50 ms after a call
+IN_A_ROW = 4  # single pictures of a round for latency
 THREADS = torch.get_num_threads()
 Call = Callable[[np.ndarray], object]
 
@@ -112,7 +114,7 @@ def files(name: str, folder: Path) -> dict[str, object]:
 def peers(name: str, made: dict, precision: str, count: int, hint: str) -> dict[str, Callable[[], object]]:
     """Each peer's work of a round."""
     images = np.random.default_rng(0).standard_normal((count, 3, 224, 224)).astype(np.float32)
-    batches = 1 if hint == "latency" else 2 * THREADS
+    batches = in_a_row(count, hint)
     found: dict[str, Callable[[], object]] = {}
 
     def one_by_one(call: Call) -> Callable[[], object]:
@@ -144,6 +146,13 @@ def peers(name: str, made: dict, precision: str, count: int, hint: str) -> dict[
     return found
 
 
+def in_a_row(count: int, hint: str) -> int:
+    """Batches of a round."""
+    if hint == "throughput":
+        return (4 if count == 1 else 2) * THREADS
+    return IN_A_ROW if count == 1 else 1
+
+
 def case(name: str, made: dict, model: Model, precision: str, count: int, hint: str) -> dict[str, object]:
     """Ours beside the peers, in pictures a second."""
     begun = time.perf_counter()
@@ -151,16 +160,16 @@ def case(name: str, made: dict, model: Model, precision: str, count: int, hint: 
     ours = Predictor(model.net, precision=precision, hint=hint, batch_size=count, int8=int8)
     chosen = time.perf_counter() - begun
     images = torch.randn(count, 3, 224, 224)
-    batches = 1 if hint == "latency" else 2 * THREADS
+    batches = in_a_row(count, hint)
     calls = {"ours": lambda: deque(ours.stream(repeat(images, batches)), maxlen=0)}
     calls |= peers(name, made, precision, count, hint)
     for call in calls.values():
         call()
-    first = {who: min(times) for who, times in interleaved(calls, runs=2, warm_up=0).items()}
+    first = {who: min(times) for who, times in interleaved(calls, runs=2, warm_up=0, pause=PAUSE).items()}
     others = [who for who in calls if who != "ours"]
     least = min(first[who] for who in others)
     near = {who: calls[who] for who in calls if who == "ours" or first[who] <= BEHIND * least}
-    times = interleaved(near, runs=ROUNDS, warm_up=0)
+    times = interleaved(near, runs=ROUNDS, warm_up=0, pause=PAUSE)
     medians = {who: statistics.median(each) for who, each in times.items()}
     best = min((who for who in near if who != "ours"), key=medians.__getitem__)
     pictures = count * batches

@@ -20,11 +20,17 @@ __all__ = ["interleaved", "interval", "process", "ratios", "spread", "write_resu
 RESULTS = Path(__file__).parent / "results"
 
 
-def interleaved(peers: Mapping[str, Callable[[], object]], *, runs: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each call of each peer, in rounds A B A B, so that a slow moment of the machine meets them all."""
+def interleaved(
+    peers: Mapping[str, Callable[[], object]], *, runs: int, warm_up: int = 1, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """Seconds of each call of each peer, in rounds A B A B, so that a slow moment of the machine meets them all.
+
+    A `pause` before each call is for peers whose threads spin on when their work is done.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in peers}
     for turn in range(warm_up + runs):
         for name, call in peers.items():
+            time.sleep(pause)
             begun = time.perf_counter()
             call()
             if turn >= warm_up:

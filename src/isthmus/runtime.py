@@ -16,7 +16,18 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "Precision", "cores", "keep_freed_memory", "machine", "torch_dtype", "versions"]
 
 Precision = Literal["fp32", "bf16", "fp16"]
-LIBRARIES = ("torch", "torchvision", "numpy", "pillow", "safetensors", "onnx", "onnxruntime", "timm")
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "pillow",
+    "safetensors",
+    "onnx",
+    "onnxruntime",
+    "openvino",
+    "nncf",
+    "timm",
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

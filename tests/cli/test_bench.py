@@ -2,10 +2,14 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
-from small_runs import class_folders
+from isthmus.arch.cost import cost
+from isthmus.deploy.engines import ENGINES
+from isthmus.nn.trace import trace_cost
+from small_runs import class_folders, network, weights
 
 
 @pytest.fixture
@@ -46,3 +50,55 @@ def test_data_without_pictures(isthmus, tmp_path):
     result = bench(isthmus, tmp_path / "none")
     assert result.status == 2
     assert "does not exist" in result.err
+
+
+RATES = {("torch", "fp32"): 20.0, ("onnxruntime", "fp32"): 25.0, ("openvino", "fp32"): 30.0, ("openvino", "int8"): 90.0}
+
+
+@pytest.fixture
+def canned(monkeypatch, tmp_path):
+    """Engines that reach RATES on a machine whose limit is 10 GOP/s in each precision; OpenVINO has no bf16 kernel."""
+
+    def failing(model, precision, work):
+        if precision == "bf16":
+            raise RuntimeError("no kernel")
+        return engine.open(model, precision, work)
+
+    engine = ENGINES["openvino"]
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delitem(ENGINES, "inductor")
+    monkeypatch.setitem(ENGINES, "torch", replace(ENGINES["torch"], precisions=("fp32",)))
+    monkeypatch.setitem(ENGINES, "openvino", replace(engine, open=failing))
+    monkeypatch.setattr("isthmus.deploy.predictor.native_bf16", lambda: True)
+    monkeypatch.setattr(
+        "isthmus.deploy.predictor.measured", lambda opened, _: {pair: RATES.get(pair, 1) for pair in opened}
+    )
+    monkeypatch.setattr("isthmus.deploy.pace.limit", lambda _: 10e9)
+
+
+def test_engines_json(isthmus, canned, tmp_path):
+    net = weights(tmp_path / "net.safetensors")
+    said = json.loads(isthmus("bench", str(net), "--image-size", "64", "--batch-sizes", "1", "2", "--json").out)
+    flops = 2 * trace_cost(network(), (1, 3, 64, 64)).macs
+    assert said["limits"]["int8"] == pytest.approx(10e9 / flops, rel=0.01)
+    rows = {(row["engine"], row["precision"], row["batch_size"], row["hint"]): row for row in said["rows"]}
+    assert len(rows) == 6 * 4  # ONNX Runtime in int8 too
+    assert rows["openvino", "int8", 2, "latency"]["rate"] == 90.0
+    assert rows["openvino", "bf16", 1, "throughput"]["refused"] == "cannot run this network: no kernel"
+
+
+def test_engines_table(isthmus, canned):
+    result = isthmus("bench", "resnet10t", "--image-size", "64", "--batch-sizes", "1")
+    assert result.status == 0
+    assert "resnet10t at 64×64" in result.out
+    macs = cost("resnet10t", 64).macs
+    assert f"90.0 ({90 * 2 * macs / 10e9:.2f})" in result.out
+    assert "OpenVINO bf16: cannot run this network: no kernel" in result.out
+    assert "int8 was calibrated on made-up pictures" in result.out
+    assert "timing 1 at once for throughput" in result.err
+
+
+def test_engines_of_what_is_not_there(isthmus):
+    result = isthmus("bench", "resnet51")
+    assert (result.status, result.out) == (2, "")
+    assert "resnet51" in result.err

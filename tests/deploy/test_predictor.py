@@ -210,6 +210,10 @@ def test_a_weight_file_and_a_network_in_training_mode(tmp_path):
         Predictor(net.train())
 
 
-def test_a_single_thread_is_one_job():
-    assert torch.get_num_threads() == 1
-    assert predictor.shared_work("throughput") == engines.Work(threads=1, jobs=1)
+@pytest.mark.parametrize(
+    ("threads", "jobs", "each"), [(1, 1, 1), (2, 2, 1), (8, 8, 1), (12, 6, 2), (13, 6, 2), (64, 8, 8)]
+)
+def test_cores_are_shared_without_rest(threads, jobs, each, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert predictor.shared_work("throughput") == engines.Work(threads=each, jobs=jobs)
+    assert predictor.shared_work("latency") == engines.Work(threads=threads, jobs=1)

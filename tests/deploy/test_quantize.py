@@ -63,7 +63,7 @@ def halves(pictures) -> tuple[Pictures, Pictures]:
 def graphs(net, halves):
     """The graph in fp32, and in 8 bits."""
     original = onnx.load_from_string(Model(net).onnx)
-    return original, calibrated(original, list(samples(halves[0], net, 20)))
+    return original, calibrated(original, list(samples(halves[0], net, print)))
 
 
 def by_onnxruntime(model, images: np.ndarray) -> np.ndarray:
@@ -212,6 +212,16 @@ def test_int8_that_saves_no_time_leaves_no_file(net, halves, tmp_path, monkeypat
     with pytest.raises(PrecisionError, match="int8 saves no time here"):
         export(net, tmp_path / "net.onnx", int8=int8)
     assert not list(tmp_path.glob("net*"))
+
+
+def test_unreadable_pictures_are_told_and_left_out(net, halves, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no picture")
+    both = [half + Pictures.of_files([broken], [0], half.classes) for half in halves]
+    told: list[str] = []
+    judged = quantized(Model(net), *both, LOOSE, engine="onnxruntime", say=told.append).judged
+    assert judged.pictures == len(halves[1])
+    assert len([line for line in told if "1 pictures cannot be read and are left out" in line]) == 2
 
 
 def test_what_int8_cannot_be_written_as(net, halves, tmp_path):

@@ -14,6 +14,7 @@ __all__ = ["limit", "rates"]
 K = TypeVar("K", bound=Hashable)
 ROUNDS = 5
 BEHIND = 1.4  # times the fastest
+QUIET = 0.1  # seconds that an engine's threads may still spin after its last call, and take a core from the next
 LEAST = 0.15  # seconds of a round, so that one interruption is not all of it
 # A 3×3 convolution that fits the cache: oneDNN runs it at the rate of the multiply-add units themselves.
 PICTURES, CHANNELS, SIDE = 16, 256, 14
@@ -38,6 +39,7 @@ def rates(calls: Mapping[K, Callable[[], object]], pictures: int) -> dict[K, flo
 
 def seconds(call: Callable[[], object], repeats: int = 1) -> float:
     """The time of a call, the mean of so many."""
+    time.sleep(QUIET)
     begun = time.perf_counter()
     for _ in range(repeats):
         call()

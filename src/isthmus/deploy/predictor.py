@@ -218,9 +218,9 @@ def wanted(model: Model, engine: EngineName, precision: PrecisionName) -> list[t
 
 def shared_work(hint: Hint) -> Work:
     """One call with all of torch's threads, or as many calls at once as pay."""
-    threads = torch.get_num_threads()
-    jobs = min(threads, MOST_JOBS) if hint == "throughput" else 1
-    return Work(threads=threads // jobs, jobs=jobs)
+    every = torch.get_num_threads()
+    threads = -(-every // MOST_JOBS) if hint == "throughput" else every
+    return Work(threads=threads, jobs=every // threads)
 
 
 def sample(model: Model, count: int) -> tuple[NDArray[np.float32], Tensor]:

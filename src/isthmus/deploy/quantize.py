@@ -121,8 +121,8 @@ def quantized(
     if engine not in OPEN:
         raise SpecError(f"{engine} does not compute in int8 here; known: {', '.join(OPEN)}")
     engines.ENGINES[engine].check_installed()
-    wanted = reference(model, held_out)
-    images = list(samples(calibration, model.net, CALIBRATION))
+    wanted = reference(model, held_out, say)
+    images = list(samples(calibration, model.net, say))
     original = needed("onnx", "onnx").load_from_string(model.onnx)
     whole = calibrated(original, images)
     names, higher, told, tried = qdq.layers(original, whole), list[str](), list[str](), list[Judged]()
@@ -208,13 +208,12 @@ def worst(errors: dict[str, float], allowed: float) -> list[str]:
     return chosen
 
 
-def reference(model: Model, held_out: Pictures) -> Reference:
+def reference(model: Model, held_out: Pictures, say: Callable[[str], object]) -> Reference:
     """What the network says of pictures in fp32; raises DataError without any."""
-    if not len(held_out):
-        raise DataError("there are no pictures to measure int8 on; give --data")
-    loader = Loader(pictures=held_out, record=model.net.preprocess, batch_size=BATCH, train=False, on_error="skip")
+    loader = reader(held_out, model.net, "measure")
     run = engines.ENGINES["torch"].open(model, "fp32", engines.Work(threads=torch.get_num_threads()))
     logits, labels = predictions(run, loader)
+    tell_unreadable(loader, say)
     return Reference(loader=loader, logits=logits, labels=labels, labelled=bool(held_out.classes))
 
 
@@ -246,13 +245,24 @@ def judge(run: Run, wanted: Reference) -> Judged:
     )
 
 
-def samples(pictures: Pictures, net: ResNet, count: int) -> Iterator[NDArray[np.float32]]:
-    """Up to `count` of the pictures, evenly spread, as the network takes them, one by one."""
-    if not len(pictures):
-        raise DataError("there are no pictures to calibrate int8 on; give --data")
-    places = np.unique(np.linspace(0, len(pictures) - 1, min(count, len(pictures))).astype(int))
-    loader = Loader(
-        pictures=pictures.subset(places), record=net.preprocess, batch_size=BATCH, train=False, on_error="skip"
-    )
+def samples(pictures: Pictures, net: ResNet, say: Callable[[str], object]) -> Iterator[NDArray[np.float32]]:
+    """CALIBRATION of the pictures at most, evenly spread, as the network takes them, one by one."""
+    places = np.unique(np.linspace(0, len(pictures) - 1, min(CALIBRATION, len(pictures))).astype(int))
+    loader = reader(pictures.subset(places), net, "calibrate")
     for batch in loader.epoch(0):
         yield from np.split(normalise(batch.images, net.preprocess).contiguous().numpy(), len(batch.images))
+    tell_unreadable(loader, say)
+
+
+def reader(pictures: Pictures, net: ResNet, purpose: str) -> Loader:
+    """Pictures as the network takes them; raises DataError without any."""
+    if not len(pictures):
+        raise DataError(f"there are no pictures to {purpose} int8 on; give --data")
+    return Loader(pictures=pictures, record=net.preprocess, batch_size=BATCH, train=False, on_error="skip")
+
+
+def tell_unreadable(loader: Loader, say: Callable[[str], object]) -> None:
+    """Say what was left out."""
+    if loader.unreadable:
+        names = listed(f"{loader.pictures.name(index)}: {reason}" for index, reason in loader.unreadable.items())
+        say(f"{len(loader.unreadable)} pictures cannot be read and are left out: {names}")
