@@ -155,9 +155,8 @@ def engines(
             timed[row.precision, row.engine][way] = row
     side, here = input_size(net), machine("cpu")
     flops = cost(net.spec, side).flops
-    limits = {
-        precision: limit(precision) / flops for precision in PRECISIONS if any(precision in pair for pair in timed)
-    }
+    used = [precision for precision in PRECISIONS if any(precision in pair for pair in timed)]
+    limits = {precision: most / flops for precision in used if (most := limit(precision))}
     if as_json:
         rows = [
             records.to_dict(row) | {"batch_size": count, "hint": hint}
@@ -169,14 +168,15 @@ def engines(
         return
 
     def told(row: Timed) -> str:
-        return "–" if row.refused else f"{row.rate:.1f} ({row.rate / limits[row.precision]:.2f})"
+        part = f" ({row.rate / limits[row.precision]:.2f})" if row.precision in limits else ""
+        return "–" if row.refused else f"{row.rate:.1f}{part}"
 
     print_table(
         f"{network} at {size(side)} on {here.name}, {torch.get_num_threads()} threads: pictures/s (part of the limit)",
         ("engine", "precision", *(f"{count}, {hint}" for count, hint in found)),
         (
             (ENGINES[engine].title, precision, *(told(timed[precision, engine][way]) for way in found))
-            for precision in limits
+            for precision in used
             for _, engine in sorted(pair for pair in timed if pair[0] == precision)
         ),
         note="The limit: " + ", ".join(f"{each} {rate:.1f}" for each, rate in limits.items()),

@@ -34,8 +34,9 @@ NOT_BOTH = "int8 and preprocessing inside cannot be had together: leave one out"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Exported:
-    """A file that computes what its network does, and the comparisons that show it; of int8, also its
-    accuracy and its speed beside that of fp32 and bf16.
+    """A file that computes what its network does, and the comparisons that show it.
+
+    Of int8 also how it predicts, and its speed beside that of fp32 and bf16.
     """
 
     path: Path
@@ -72,19 +73,14 @@ def export(
         raise SpecError(NOT_BOTH)
     if int8 and (kind.engine not in int8.engines or not int8.judged):
         raise SpecError(f"this int8 was not measured in the engine of {path.suffix}: quantize for {kind.engine}")
-    if int8 and preprocessing:
-        raise SpecError("int8 and preprocessing inside cannot be had together yet: leave one out")
-    if int8 and (kind.engine not in int8.engines or not int8.judged):
-        raise SpecError(f"this int8 was not measured in the engine of {path.suffix}: quantize for {kind.engine}")
     form, reference = ready(net), copy.deepcopy(net).cpu().float()
     pictures = pictures or made_up(net.preprocess)
     with put_in_place(path, kind) as temporary:
         speed = None
         if int8:
             speed, _ = choose(Model(net, int8), engine=kind.engine, precision="int8")  # type: ignore[arg-type]
-            run = written(
-                kind, temporary, Translated(onnx=int8.onnx, description=description(form, "native", {})), "int8"
-            )
+            program = Translated(onnx=int8.onnx, description=description(form, "native", {}))
+            run = written(kind, temporary, program, "int8")
             compared = [compare_runs(run, OPEN[kind.engine](int8.onnx, "int8"), reference, pictures)]
         elif preprocessing:
             pixels = written(kind, temporary.with_stem("pixels"), of_pixels(net.preprocess))

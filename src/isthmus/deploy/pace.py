@@ -12,7 +12,8 @@ from isthmus.deploy.engines import EnginePrecision
 __all__ = ["limit", "rates"]
 
 K = TypeVar("K", bound=Hashable)
-ROUNDS = 5
+LEAST_ROUNDS, MOST_ROUNDS = 2, 5  # beside the first
+ENOUGH = 4.0  # seconds of rounds
 BEHIND = 1.4  # times the fastest
 QUIET = 0.1  # seconds that an engine's threads may still spin after its last call, and take a core from the next
 LEAST = 0.15  # seconds of a round, so that one interruption is not all of it
@@ -24,14 +25,16 @@ OPERATIONS = 2 * PICTURES * SIDE**2 * CHANNELS**2 * 9
 def rates(calls: Mapping[K, Callable[[], object]], pictures: int) -> dict[K, float]:
     """Pictures a second of each call, which does so many: medians of rounds A B A B.
 
-    Those that are far behind after a first round are not timed again.
+    Those that are far behind after a first round are not timed again, and short calls more often than long ones.
     """
-    repeats = {key: max(1, round(LEAST / seconds(call))) for key, call in calls.items()}
-    times = {key: [seconds(call, repeats[key])] for key, call in calls.items()}
-    near = [key for key, (first,) in times.items() if first <= BEHIND * min(times.values())[0]]
-    for key in near:
-        times[key].clear()
-    for _ in range(ROUNDS):
+    times = {key: [seconds(call)] for key, call in calls.items()}
+    repeats = {key: max(1, round(LEAST / first)) for key, (first,) in times.items()}
+    for key, count in repeats.items():
+        if count > 1:  # too short to tell by one
+            times[key] = [seconds(calls[key], count)]
+    best = min(times.values())[0]
+    near = [key for key, (first,) in times.items() if first <= BEHIND * best]
+    for _ in range(min(MOST_ROUNDS, max(LEAST_ROUNDS, round(ENOUGH / (best * max(repeats.values())))))):
         for key in near:
             times[key].append(seconds(calls[key], repeats[key]))
     return {key: pictures / statistics.median(took) for key, took in times.items()}
@@ -46,11 +49,17 @@ def seconds(call: Callable[[], object], repeats: int = 1) -> float:
     return (time.perf_counter() - begun) / repeats
 
 
-def limit(precision: EnginePrecision) -> float:
-    """Operations (multiplications and additions) a second that all cores reach in a precision, measured here."""
-    convolution = CONVOLUTIONS[precision]()
-    with torch.inference_mode():
+def limit(precision: EnginePrecision) -> float | None:
+    """Operations (multiplications and additions) a second that all cores reach in a precision, measured here.
+
+    None where torch has no such convolution for this CPU.
+    """
+    try:
+        convolution = CONVOLUTIONS[precision]()
         convolution()  # the first call packs the weights
+    except (AttributeError, RuntimeError):
+        return None
+    with torch.inference_mode():
         return rates({precision: convolution}, 1)[precision] * OPERATIONS
 
 
