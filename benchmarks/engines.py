@@ -102,7 +102,8 @@ def files(name: str, folder: Path) -> dict[str, object]:
     torch.onnx.export(
         net, (torch.zeros(2, 3, 224, 224),), full, dynamo=True, input_names=["images"], dynamic_shapes=sizes
     )
-    quantization.quantize_static(full, low, Reader(), quant_format=quantization.QuantFormat.QDQ, per_channel=True)
+    unsigned = quantization.QuantType.QUInt8  # twice to four times as fast on x86 as its default, signed activations
+    quantization.quantize_static(full, low, Reader(), per_channel=True, activation_type=unsigned)
     images = [image["images"] for image in iter(Reader().get_next, None)]
     return {
         "onnx": {"fp32": full, "int8": low},
@@ -218,7 +219,7 @@ def main() -> None:
         "limit of this machine, GOP/s": {each: round(limit(each) / 1e9) for each in ("fp32", "bf16", "int8")},
     }
     note = (
-        "Peers in int8 are ONNX Runtime (QDQ, per channel) and OpenVINO with nncf's defaults; Inductor has none here."
+        "Peers in int8 are ONNX Runtime (QDQ, per channel, unsigned activations) and OpenVINO with nncf's defaults; Inductor has none here."
     )
     write_result("engines", __doc__, summary, rows, note)
 

@@ -44,16 +44,17 @@ def split_row(split: int, folder: Path) -> dict[str, object]:
         int8 = quantize(run)
     except PrecisionError as error:
         best = max(error.tried, key=lambda judged: judged.agreement)
-        return {"split": split, "taken": "refused", "agreement": best.agreement, "drop": best.drop}
+        return {"split": split, "taken": "refused: too many classes change", "agreement": best.agreement, "drop": best.drop}
+    gain = speed(Model(load(run).eval(), int8))
     return {
         "split": split,
-        "taken": "yes",
+        "taken": "yes" if gain["median"] > 1 else "refused: no time is saved",
         "agreement": int8.judged.agreement,
         "drop": int8.judged.drop,
         "interval": ", ".join(f"{each:+.4f}" for each in int8.judged.interval),
         "pictures": int8.judged.pictures,
         "layers in bf16": len(int8.higher),
-        "over bf16": speed(Model(load(run).eval(), int8)),
+        "over bf16": gain,
     }
 
 
