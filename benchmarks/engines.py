@@ -219,7 +219,8 @@ def main() -> None:
         "limit of this machine, GOP/s": {each: round(limit(each) / 1e9) for each in ("fp32", "bf16", "int8")},
     }
     note = (
-        "Peers in int8 are ONNX Runtime (QDQ, per channel, unsigned activations) and OpenVINO with nncf's defaults; Inductor has none here."
+        "Peers in int8 are ONNX Runtime (QDQ, per channel, unsigned activations) and OpenVINO with nncf's defaults; "
+        "Inductor has none here."
     )
     write_result("engines", __doc__, summary, rows, note)
 

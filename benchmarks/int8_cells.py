@@ -44,7 +44,12 @@ def split_row(split: int, folder: Path) -> dict[str, object]:
         int8 = quantize(run)
     except PrecisionError as error:
         best = max(error.tried, key=lambda judged: judged.agreement)
-        return {"split": split, "taken": "refused: too many classes change", "agreement": best.agreement, "drop": best.drop}
+        return {
+            "split": split,
+            "taken": "refused: too many classes change",
+            "agreement": best.agreement,
+            "drop": best.drop,
+        }
     gain = speed(Model(load(run).eval(), int8))
     return {
         "split": split,
