@@ -15,7 +15,8 @@ import torch
 from isthmus.deploy.engines import ENGINES, Model, Work
 from isthmus.deploy.predictor import Opened
 from isthmus.errors import PrecisionError
-from isthmus.run import fit, quantize
+from isthmus.run import fit
+from isthmus.ship import quantize
 from isthmus.train.recipes import recipe
 from isthmus.weights.load import load
 from measure import interleaved, interval, ratios, spread, write_result

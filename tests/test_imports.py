@@ -25,6 +25,7 @@ FLOORS = {
     "deploy": 3,
     "report": 4,
     "run": 5,
+    "ship": 5,
     "cli": 6,
 }
 FILES = sorted(SRC.rglob("*.py"))

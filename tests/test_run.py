@@ -1,6 +1,5 @@
 """Runs: what is left behind, how it is measured and used again, and what a bad start leaves behind: nothing."""
 
-import csv
 import errno
 import io
 import json
@@ -12,17 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 import isthmus
 from isthmus.data.augment import Augment
-from isthmus.data.decode import decode
 from isthmus.data.sources import DataSet, open_data
-from isthmus.data.transform import evaluation_transform, normalise
-from isthmus.errors import DataError, IsthmusError, RecipeError, RunError, SpecError, WeightsError
+from isthmus.errors import DataError, IsthmusError, RunError, SpecError, WeightsError
 from isthmus.nn.fold import fold
-from isthmus.run import evaluate, fit, predict
+from isthmus.run import evaluate, fit
+from isthmus.ship import predict
 from isthmus.train.recipe import Recipe
 from isthmus.train.recipes import recipe
 from isthmus.train.reporter import Reporter
@@ -434,119 +431,6 @@ def test_missing_and_unfinished_runs(tmp_path, pictures):
     for use in (lambda: evaluate(tmp_path / "unfinished"), lambda: predict(tmp_path / "unfinished", pictures)):
         with pytest.raises(RunError, match=r"unfinished has no model\.safetensors"):
             use()
-
-
-# --- prediction
-
-
-@pytest.fixture
-def gallery(tmp_path, pictures) -> Path:
-    """Pictures of every sound kind, and files that only look like pictures."""
-    folder = tmp_path / "gallery"
-    (folder / "inner").mkdir(parents=True)
-    with Image.open(pictures / "flower" / "1.png") as flower:
-        flower.load()
-    flower.convert("CMYK").save(folder / "cmyk.jpg")
-    deep = np.asarray(flower.convert("L")).astype(np.uint16) * 257
-    Image.fromarray(deep).save(folder / "deep.png")
-    flower.convert("P").save(folder / "palette.png")
-    flower.convert("RGBA").save(folder / "transparent.png")
-    flower.save(folder / "animated.gif", save_all=True, append_images=[flower.rotate(90)])
-    flower.save(folder / "inner" / "plain.png")
-    (folder / "bad_empty.jpg").touch()
-    (folder / "bad_text.jpg").write_text("this is no picture")
-    whole = (pictures / "temple" / "0.jpg").read_bytes()
-    (folder / "bad_truncated.jpg").write_bytes(whole[: len(whole) // 2])
-    return folder
-
-
-def test_unreadable_pictures_are_told_and_the_rest_goes_on(linear, gallery):
-    recorder = Recorder()
-    rows = {row.path.name: row for row in predict(linear, gallery, batch_size=2, precision="fp32", reporter=recorder)}
-    bad = {name for name, row in rows.items() if row.error}
-    assert bad == {"bad_empty.jpg", "bad_text.jpg", "bad_truncated.jpg"}
-    for name, row in rows.items():
-        if name in bad:
-            assert name in row.error
-            assert (row.classes, row.probabilities) == ((), ())
-        else:
-            assert set(row.classes) == {"flower", "temple"}
-            assert sum(row.probabilities) == pytest.approx(1, abs=1e-5)
-            assert row.probabilities[0] >= row.probabilities[1]
-    assert rows["palette.png"].classes == rows["plain.png"].classes
-    assert recorder.steps[-1] == ("predicting", 9, 9)
-
-
-def test_rows_come_in_the_order_asked_for(linear, pictures, gallery):
-    first, second = pictures / "temple" / "3.png", pictures / "flower" / "0.jpg"
-    rows = predict(linear, first, gallery / "bad_text.jpg", second, gallery / "inner", first)
-    assert [row.path for row in rows] == [first, gallery / "bad_text.jpg", second, gallery / "inner" / "plain.png"]
-
-
-def test_probabilities_are_those_of_the_network(linear, pictures):
-    path = pictures / "flower" / "2.jpg"
-    net = isthmus.load(linear)
-    with torch.no_grad():
-        image = normalise(evaluation_transform(net.preprocess)(decode(path))[None], net.preprocess)
-        wanted = dict(zip(net.classes, net(image).softmax(1)[0].tolist(), strict=True))
-    (row,) = predict(linear, path, precision="fp32")
-    assert dict(zip(row.classes, row.probabilities, strict=True)) == pytest.approx(wanted, abs=1e-5)
-    (first,) = predict(linear, path, top=1, precision="fp32")
-    assert (first.classes, first.probabilities) == (row.classes[:1], row.probabilities[:1])
-
-
-def test_the_table_that_is_written(linear, gallery, tmp_path):
-    out = tmp_path / "predictions.csv"
-    rows = predict(linear, gallery, out=out, top=9)
-    with out.open(newline="") as file:
-        written = list(csv.DictReader(file))
-    assert list(written[0]) == ["path", "class_1", "probability_1", "class_2", "probability_2", "error"]
-    for row, line in zip(rows, written, strict=True):
-        assert (line["path"], line["error"]) == (str(row.path), row.error)
-        if row.error:
-            assert {line[name] for name in line if name not in ("path", "error")} == {""}
-        else:
-            assert (line["class_1"], line["class_2"]) == row.classes
-            assert float(line["probability_1"]) == pytest.approx(row.probabilities[0], abs=1e-6)
-
-
-def test_bad_requests_for_predictions(linear, pictures, gallery, tmp_path):
-    with pytest.raises(DataError, match=r"nothing\.jpg does not exist"):
-        predict(linear, tmp_path / "nothing.jpg")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="empty holds no pictures"):
-        predict(linear, tmp_path / "empty")
-    with pytest.raises(DataError, match=r"none of 1 pictures can be read.*bad_text\.jpg"):
-        predict(linear, gallery / "bad_text.jpg")
-    with pytest.raises(RecipeError, match="top is 0"):
-        predict(linear, pictures, top=0)
-    with pytest.raises(DataError, match="batch size is 0"):
-        predict(linear, pictures, batch_size=0)
-    with pytest.raises(RunError, match=r"there is no folder .*/none"):
-        predict(linear, pictures, out=tmp_path / "none" / "out.csv")
-    with pytest.raises(RecipeError, match="device 'tpu' is not available here"):
-        predict(linear, pictures, device="tpu")
-    headless = weights(tmp_path / "headless.safetensors", network(replace(SPEC, num_classes=0)))
-    with pytest.raises(RecipeError, match="has no classifier"):
-        predict(headless, pictures)
-
-
-def test_classes_without_names_are_numbered(start, pictures):
-    (row,) = predict(start["plain"], pictures / "flower" / "0.jpg", top=3)
-    assert len(row.classes) == 3
-    assert set(row.classes) <= {f"class {number}" for number in range(7)}
-
-
-def test_a_full_disk_while_writing_predictions(linear, pictures, tmp_path, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    out = tmp_path / "out.csv"
-    out.write_text("older")
-    with pytest.raises(RunError, match=r"cannot write .*out\.csv: No space left on device; nothing was changed"):
-        predict(linear, pictures, out=out)
-    assert out.read_text() == "older"
 
 
 def test_names_of_the_package():

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from isthmus.nn.fold import fold
     from isthmus.nn.freeze import freeze
     from isthmus.nn.network import ResNet
-    from isthmus.run import evaluate, fit, predict, quantize
+    from isthmus.run import evaluate, fit
+    from isthmus.ship import predict, quantize
     from isthmus.train.recipe import Recipe
     from isthmus.weights.fit import LoadReport
     from isthmus.weights.load import create, load, load_weights
@@ -44,8 +45,8 @@ LAZY = {
     "export": "isthmus.deploy.export",
     "fit": "isthmus.run",
     "Predictor": "isthmus.deploy.predictor",
-    "predict": "isthmus.run",
-    "quantize": "isthmus.run",
+    "predict": "isthmus.ship",
+    "quantize": "isthmus.ship",
 }
 
 __all__ = [

@@ -1,6 +1,5 @@
 """Runs from data to a folder one can keep: what the Python names and the command line share."""
 
-import csv
 import json
 import platform
 import time
@@ -8,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
 from isthmus import records
@@ -18,17 +16,11 @@ from isthmus.arch.block import FOLDED
 from isthmus.arch.plan import Plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.arch.spec import HeadSpec
-from isthmus.atomic import atomic_write
-from isthmus.data.decode import decode
 from isthmus.data.loader import Loader
 from isthmus.data.pictures import Pictures
-from isthmus.data.sources import DataSet, list_pictures, open_data, open_pictures
+from isthmus.data.sources import DataSet, open_data
 from isthmus.data.transform import normalise
-from isthmus.deploy.engines import Model
-from isthmus.deploy.export import NOT_BOTH, Exported, export
-from isthmus.deploy.formats import format_of
-from isthmus.deploy.quantize import CALIBRATION, Limits, Quantised, quantized
-from isthmus.errors import DataError, RecipeError, RunError, SpecError
+from isthmus.errors import DataError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.messages import listed
@@ -46,6 +38,7 @@ from isthmus.train.folder import (
     START,
     check_folder,
     claimed,
+    evaluation_pictures,
     finished,
     free_folder,
     holds_run,
@@ -60,10 +53,9 @@ from isthmus.train.reporter import Reporter
 from isthmus.weights.load import create, load, load_weights
 from isthmus.weights.save import save_weights
 
-__all__ = ["Prediction", "Run", "evaluate", "export_run", "fit", "predict", "quantize"]
+__all__ = ["Run", "evaluate", "fit"]
 
 FOLDS = 3  # of the cross-validation that chooses a head
-COMPARED = 20  # pictures on which an exported file is compared with its network
 MEASURED_BATCHES = 8  # pictures × batches behind the statistics of a re-inserted batch norm
 
 
@@ -74,16 +66,6 @@ class Run:
     folder: Path
     scores: Tally
     seconds: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Prediction:
-    """One picture: its best classes with their probabilities, or why it could not be read."""
-
-    path: Path
-    classes: tuple[str, ...] = ()
-    probabilities: tuple[float, ...] = ()
-    error: str = ""
 
 
 def fit(
@@ -372,148 +354,6 @@ def evaluate(
     scores = Inference(net, here, precision).evaluate(loader, progress=partial(reporter.progress, "evaluate"))
     left_out(loader, "validation", World(), reporter)
     return scores
-
-
-def evaluation_pictures(folder: Path, classes: tuple[str, ...], data: str) -> Pictures:
-    """The pictures to evaluate, with labels in the order of the network's classes."""
-    if recipe := own_pictures(folder, data):
-        found = open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed).val
-    elif data:
-        found = open_pictures(data)
-    else:
-        raise RunError(f"{folder} does not say what it was trained on; name the pictures with --data")
-    return known(found, classes)
-
-
-def known(pictures: Pictures, classes: tuple[str, ...]) -> Pictures:
-    """The same pictures with labels in the order of a network's classes; raises DataError for classes beside them."""
-    unknown = sorted(set(pictures.classes) - set(classes))
-    if unknown:
-        raise DataError(f"the network does not know the classes {unknown}; it knows {', '.join(classes) or 'none'}")
-    return pictures.under(classes)
-
-
-def predict(
-    run: Path | str,
-    *pictures: Path | str,
-    out: Path | str = "",
-    top: int = 5,
-    batch_size: int = 32,
-    precision: Precision | None = None,
-    device: str | None = None,
-    reporter: Reporter | None = None,
-) -> list[Prediction]:
-    """The `top` classes of every picture (files and folders), in order; `out` names a CSV file to write them to.
-
-    A picture that cannot be read has its reason in `error`, and the rest goes on.
-    """
-    reporter, here = reporter or Reporter(), machine(device)
-    if top < 1:
-        raise RecipeError(f"top is {top}; it must be 1 or more")
-    if out and not Path(out).parent.is_dir():
-        raise RunError(f"cannot write {out}: there is no folder {Path(out).parent}; make it first")
-    net = load(run)
-    paths = list_pictures(*pictures)
-    classes = net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))
-    if not classes:
-        raise RecipeError(f"{run} has no classifier, so it predicts no classes; train it first")
-    loader = Loader(
-        pictures=Pictures.unlabelled(paths), record=net.preprocess, batch_size=batch_size, train=False, on_error="skip"
-    )
-    found: dict[int, Prediction] = {}
-    for batch, logits in Inference(net, here, precision).run(loader):
-        values, places = logits.softmax(1).topk(min(top, len(classes)))
-        for index, row, place in zip(batch.indices.tolist(), values.tolist(), places.tolist(), strict=True):
-            names = tuple(classes[each] for each in place)
-            found[index] = Prediction(path=paths[index], classes=names, probabilities=tuple(row))
-        reporter.progress("predicting", len(found) + len(loader.unreadable), len(paths))
-    rows = [
-        found.get(index) or Prediction(path=path, error=loader.unreadable[index]) for index, path in enumerate(paths)
-    ]
-    if out:
-        write_predictions(Path(out), rows, min(top, len(classes)))
-    return rows
-
-
-def write_predictions(path: Path, rows: Sequence[Prediction], top: int) -> None:
-    """A CSV file of one row a picture: path, class_1, probability_1, …, error."""
-    columns = [f"{name}_{rank}" for rank in range(1, top + 1) for name in ("class", "probability")]
-
-    def write(temporary: Path) -> None:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            table = csv.writer(file)
-            table.writerow(["path", *columns, "error"])
-            for row in rows:
-                pairs: list[Any] = [
-                    value
-                    for name, probability in zip(row.classes, row.probabilities, strict=True)
-                    for value in (name, f"{probability:.6f}")
-                ]
-                table.writerow([row.path, *(pairs or [""] * len(columns)), row.error])
-
-    atomic_write(path, write)
-
-
-def quantize(
-    run: Path | str,
-    data: str = "",
-    *,
-    engine: str = "openvino",
-    limits: Limits | None = None,
-    pictures: Sequence[Path | str] = (),
-    reporter: Reporter | None = None,
-) -> Quantised:
-    """The network of a run in 8 bits for an engine, calibrated on its training pictures and measured on the others.
-
-    `data` names other labelled pictures, as for training; `pictures` (files and folders) have no labels, so that
-    agreement alone is measured, on every second of them. Raises as `quantized` does.
-    """
-    reporter, net, folder = reporter or Reporter(), load(run).eval(), Path(run)
-    if pictures:
-        found = Pictures.unlabelled(list_pictures(*pictures))
-        calibration, held_out = (found.subset(range(start, len(found), 2)) for start in (0, 1))
-    elif recipe := own_pictures(folder, data):
-        both = open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
-        calibration, held_out = both.train, known(both.val, net.classes)
-    elif data:
-        both = open_data(data)
-        calibration, held_out = both.train, known(both.val, net.classes)
-    else:
-        raise RunError(f"int8 is calibrated and measured on pictures, and {run} names none; give --data or --pictures")
-    reporter.say(f"int8: calibrating on {min(len(calibration), CALIBRATION)} pictures, measuring on {len(held_out)}")
-    return quantized(Model(net), calibration, held_out, limits, engine=engine, say=reporter.say)
-
-
-def export_run(
-    run: Path | str,
-    out: Path | str,
-    *,
-    preprocessing: bool = False,
-    precision: Literal["fp32", "int8"] = "fp32",
-    data: str = "",
-    limits: Limits | None = None,
-    pictures: Sequence[Path | str] = (),
-    reporter: Reporter | None = None,
-) -> Exported:
-    """Export the network of a run, compared on pictures (files and folders), else on the run's validation pictures.
-
-    Int8 is made as `quantize` makes it. Raises as `export` and `quantize` do, and DataError for pictures that cannot
-    be read.
-    """
-    net, folder, int8 = load(run).eval(), Path(run), None
-    if precision == "int8":
-        if preprocessing:
-            raise SpecError(NOT_BOTH)
-        engine = format_of(Path(out)).engine
-        int8 = quantize(run, data, engine=engine, limits=limits, pictures=pictures, reporter=reporter)
-    if pictures:
-        found: Pictures | None = Pictures.unlabelled(list_pictures(*pictures))
-    else:
-        found = evaluation_pictures(folder, net.classes, "") if holds_run(folder) else None
-    places = np.linspace(0, len(found) - 1, min(COMPARED, len(found))).astype(int) if found else ()
-    channels = net.preprocess.channels
-    pixels = [decode(found.read(place), channels, found.name(place)) for place in places] if found else []
-    return export(net, out, preprocessing=preprocessing, int8=int8, pictures=pixels)
 
 
 def environment(here: Machine, precision: Precision, world: World) -> dict[str, Any]:

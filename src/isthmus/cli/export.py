@@ -49,7 +49,7 @@ def export(
     """
     from isthmus.deploy.quantize import Limits
     from isthmus.report.terminal import TerminalReporter
-    from isthmus.run import export_run
+    from isthmus.ship import export_run
 
     with TerminalReporter() as reporter:
         made = export_run(

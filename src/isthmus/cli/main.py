@@ -30,7 +30,12 @@ COMMANDS = (
         "List the named recipes, where they are from and the accuracy that is reported of them there.",
     ),
     (app, "eval", "work:evaluate", "Measure a run on its validation pictures, or on other labelled pictures."),
-    (app, "predict", "work:predict", "Tell the classes of pictures."),
+    (
+        app,
+        "predict",
+        "predict:predict",
+        "Tell the classes of pictures: of a few in the terminal, of millions in a table.",
+    ),
     (
         app,
         "export",

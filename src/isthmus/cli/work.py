@@ -4,16 +4,15 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from cyclopts import Parameter
 from rich.markup import escape
 
 from isthmus.cli.options import Device, Json, Settings
 from isthmus.errors import RecipeError
 from isthmus.report.tables import console, print_table
 
-__all__ = ["evaluate", "predict", "train"]
+__all__ = ["evaluate", "train"]
 
 
 def train(
@@ -191,80 +190,6 @@ def evaluate(
         print(json.dumps(scores.to_dict(), indent=2))  # noqa: T201
         return
     print_scores(scores)
-
-
-def predict(
-    run: str,
-    *pictures: Annotated[Path, Parameter(required=True)],
-    out: Path | None = None,
-    top: int = 5,
-    batch_size: int = 32,
-    precision: Literal["fp32", "bf16", "fp16"] | None = None,
-    device: Device = None,
-    as_json: Json = False,
-) -> None:
-    """Tell the classes of pictures.
-
-    Parameters
-    ----------
-    run
-        A run folder or a weight file with metadata.
-    pictures
-        Files and folders.
-    out
-        A CSV file to write; the terminal shows the first rows.
-    top
-        Classes a picture, the most probable first.
-    batch_size
-        Pictures a step.
-    precision
-        The machine's best unless given.
-    """
-    from isthmus.report.terminal import TerminalReporter
-    from isthmus.run import predict as tell
-
-    with TerminalReporter() as reporter:
-        rows = tell(
-            run,
-            *pictures,
-            out=out or "",
-            top=top,
-            batch_size=batch_size,
-            precision=precision,
-            device=device,
-            reporter=reporter,
-        )
-    bad = [row for row in rows if row.error]
-    if as_json:
-        document = [
-            {
-                "path": str(row.path),
-                "classes": dict(zip(row.classes, row.probabilities, strict=True)),
-                "error": row.error,
-            }
-            for row in rows
-        ]
-        print(json.dumps(document, indent=2))  # noqa: T201
-    else:
-        shown = [row for row in rows if not row.error][: 20 if out else len(rows)]
-        print_table(
-            f"{len(rows) - len(bad)} pictures",
-            ("picture", "class", "probability", "next"),
-            (
-                (
-                    escape(row.path.name),
-                    escape(row.classes[0]),
-                    f"{row.probabilities[0]:.1%}",
-                    f"{escape(row.classes[1])} {row.probabilities[1]:.1%}" if len(row.classes) > 1 else "",
-                )
-                for row in shown
-            ),
-            note=escape(f"All rows are in {out}.") if out else "",
-        )
-    for row in bad:
-        print(f"skipped {row.error}", file=sys.stderr)  # noqa: T201
-    if bad:
-        print(f"{len(bad)} of {len(rows)} pictures could not be read", file=sys.stderr)  # noqa: T201
 
 
 def print_scores(scores: Any) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from isthmus.data.parquet import IMAGE_NAMES
 from isthmus.data.pictures import Identity, Pictures, Store, read_file, stamp
 from isthmus.data.shard_index import numbered
 from isthmus.errors import DataError, MissingExtraError
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["is_saved", "open_splits", "rows_of"]
 
-_IMAGE_NAMES, _LABEL_NAMES = ("image", "img"), ("label", "labels", "fine_label")
+_LABEL_NAMES = ("label", "labels", "fine_label")
 _SAVED = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves, of several splits and of one
 
 
@@ -81,7 +82,7 @@ def rows_of(dataset: "Dataset", shown: str) -> Pictures:
     library, features = _library(), dataset.features
     images = [name for name, kind in features.items() if isinstance(kind, library.Image)]
     classes = [name for name, kind in features.items() if isinstance(kind, library.ClassLabel)]
-    column = next(iter(images), None) or next((name for name in _IMAGE_NAMES if name in features), None)
+    column = next(iter(images), None) or next((name for name in IMAGE_NAMES if name in features), None)
     label = classes[0] if len(classes) == 1 else next((name for name in _LABEL_NAMES if name in features), None)
     if column is None or label is None:
         lacking = "an image column" if column is None else f"one column of labels (or one named {_LABEL_NAMES[0]})"

@@ -54,16 +54,17 @@ class Index(NamedTuple):
     labels: NDArray[np.int64]
 
 
-def scan(path: Path, shown: str) -> list[Sample]:
+def scan(path: Path, shown: str, *, labelled: bool = True) -> list[Sample]:
     """The pictures of one shard, in its order; errors call it `shown`.
 
     A sample is a run of files that share all of their name before the first dot: a picture, and its label in .cls (a
-    number or a name) or in .json. Raises DataError where the shard is damaged or a sample is not of this kind.
+    number or a name) or in .json; without `labelled` its label is "". Raises DataError where the shard is damaged or a
+    sample is not of this kind.
     """
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             groups = groupby(_members(archive), key=lambda member: member[0])
-            samples = [_sample(file, key, [rest for _, *rest in group], shown) for key, group in groups]
+            samples = [_sample(file, key, [rest for _, *rest in group], shown, labelled) for key, group in groups]
             file.seek(archive.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends silently there
                 raise tarfile.ReadError(f"no header and no end at byte {archive.offset:,}")
@@ -84,14 +85,14 @@ def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, str, tarfile.TarIn
             yield match[1], match[2].lower(), member
 
 
-def _sample(file: BinaryIO, key: str, files: list[list[Any]], shown: str) -> Sample:
+def _sample(file: BinaryIO, key: str, files: list[list[Any]], shown: str, labelled: bool) -> Sample:
     by_end = dict(files)
     pictures = [end for end in by_end if f".{end}" in extensions()]
     if len(pictures) != 1 or len(by_end) != len(files):
         raise DataError(f"{shown}: the sample {key} holds {sorted(end for end, _ in files)}; it must hold one picture")
     label_file = next((end for end in ("cls", "json") if end in by_end), None)
-    label = None
-    if label_file:
+    label: int | str | None = None if labelled else ""
+    if label_file and labelled:
         file.seek(by_end[label_file].offset_data)
         label = _label(file.read(by_end[label_file].size), label_file == "json")
     if label is None:

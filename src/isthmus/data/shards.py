@@ -116,12 +116,13 @@ class Shards(Store):
                 return _brought(address, self.sizes[shard]).open("rb", buffering=0)
 
 
-def open_shards(ref: str) -> Pictures:
+def open_shards(ref: str, *, labelled: bool = True) -> Pictures:
     """The pictures of shards: a folder or address with an index or with .tar files, or the names of these.
 
     Names may hold {000..123}, {a,b}, * and ?. Without an index beside them all headers are read once, and the index is
     kept in the cache folder. Classes are named by classes.txt or classes.json beside the shards, by the labels
-    themselves, or else by their numbers. Raises DataError saying which shard is damaged, missing or unlabelled.
+    themselves, or else by their numbers; without `labelled` they have one. Raises DataError saying which shard is
+    damaged, missing or unlabelled.
     """
     with _understood(ref):
         system, path = _system(ref)
@@ -139,7 +140,7 @@ def open_shards(ref: str) -> Pictures:
         raise DataError(
             f"{ref} names no .tar shards; where files cannot be listed, name them: .../train-{{000..123}}.tar"
         )
-    return _unindexed(system, found, address, local=local)
+    return _unindexed(system, found, address, local=local, labelled=labelled)
 
 
 def _indexed(root: str, path: str, found: Sequence[str] | None) -> Pictures:
@@ -153,7 +154,9 @@ def _indexed(root: str, path: str, found: Sequence[str] | None) -> Pictures:
     return _pictures(root, index)
 
 
-def _unindexed(system: Any, found: Sequence[str], address: Callable[[str], str], *, local: bool) -> Pictures:
+def _unindexed(
+    system: Any, found: Sequence[str], address: Callable[[str], str], *, local: bool, labelled: bool
+) -> Pictures:
     """The pictures that the headers tell of; what was read is kept, and read again when a shard changes."""
     common = os.path.commonprefix(found) if len(found) > 1 else found[0]  # noqa: RUF071 - of addresses too
     root = posixpath.dirname(common).rstrip("/")
@@ -163,17 +166,17 @@ def _unindexed(system: Any, found: Sequence[str], address: Callable[[str], str],
         if None in sizes:
             raise DataError(f"{address(found[sizes.index(None)])}: the server does not say how many bytes it has")
         changed = [os.stat(path).st_mtime_ns for path in found] if local else []  # noqa: PTH116
-        named = next((name for name in CLASS_FILES if system.exists(f"{root}/{name}")), None)
+        named = next((name for name in CLASS_FILES if labelled and system.exists(f"{root}/{name}")), None)
         listing = system.cat_file(f"{root}/{named}") if named else b""
     classes = _class_names(listing, f"{address(root)}/{named}")
-    key = json.dumps([address(root), names, sizes, changed, classes])
+    key = json.dumps([address(root), names, sizes, changed, classes, labelled])
     path = cache_folder("shards") / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.index"
     with _kept(path):
         if not path.exists():
 
             def samples(place: int) -> Any:
                 shard = address(found[place])
-                return scan(Path(shard) if local else _brought(shard, sizes[place]), shard)
+                return scan(Path(shard) if local else _brought(shard, sizes[place]), shard, labelled=labelled)
 
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 shards = list(pool.map(samples, range(len(found))))

@@ -21,7 +21,16 @@ from isthmus.data.pictures import Files, Names, Pictures, Store, natural
 from isthmus.data.shards import Shards, open_shards
 from isthmus.errors import DataError, MissingExtraError
 
-__all__ = ["DataSet", "elpv_pictures", "list_pictures", "open_data", "open_pictures", "open_sides"]
+__all__ = [
+    "DataSet",
+    "elpv_pictures",
+    "holds_shards",
+    "list_pictures",
+    "open_data",
+    "open_pictures",
+    "open_sides",
+    "picture_files",
+]
 
 VAL_NAMES = ("val", "valid", "validation", "test")  # the first that there is validates
 _ELPV_SPLITS = Path(__file__).with_name("elpv_splits.json")
@@ -97,11 +106,16 @@ def _opened(ref: str) -> Sides:
     path = Path(ref).expanduser()
     if ref.lower().endswith(".csv"):
         return _csv_sides(path)
-    if any(next(path.glob(pattern), None) for pattern in ("*.tar", "[Tt]rain/*.tar")):
+    if holds_shards(path):
         return _shard_sides(open_shards(str(path)))
     if is_saved(path):
         return _hf_sides(ref, str(path))
     return _folder_sides(path)
+
+
+def holds_shards(folder: Path) -> bool:
+    """Whether a folder holds tar shards, in it or in its folder train."""
+    return any(next(folder.glob(pattern), None) for pattern in ("*.tar", "[Tt]rain/*.tar"))
 
 
 def _train_and_val(names: Iterable[str]) -> tuple[str | None, str | None]:
@@ -227,15 +241,20 @@ def list_pictures(*paths: Path | str) -> tuple[Path, ...]:
 
     Raises DataError for a path that does not exist and a folder without pictures.
     """
-    found: dict[Path, None] = {}
-    for path in map(Path, paths):
-        if not path.exists():
-            raise DataError(f"{path} does not exist; name picture files or folders of pictures")
-        inside = [path / name for name in _pictures_below(path)] if path.is_dir() else [path]
-        if not inside:
-            raise DataError(f"{path} holds no pictures; what is looked for: {' '.join(sorted(extensions()))}")
-        found.update(dict.fromkeys(inside))
-    return tuple(found)
+    return tuple(map(Path, dict.fromkeys(chain.from_iterable(map(picture_files, paths)))))
+
+
+def picture_files(path: Path | str) -> list[str]:
+    """A picture file, or those in a folder at any depth in natural order; raises DataError where there is none."""
+    root = Path(path)
+    if not root.exists():
+        raise DataError(f"{path} does not exist; name picture files or folders of pictures")
+    if not root.is_dir():
+        return [str(root)]
+    start = "" if root == Path() else f"{root}{os.sep}"
+    if not (inside := [f"{start}{name}" for name in _pictures_below(root)]):
+        raise DataError(f"{path} holds no pictures; what is looked for: {' '.join(sorted(extensions()))}")
+    return inside
 
 
 def _named(store: Store, names: Sequence[str]) -> Pictures:

@@ -4,7 +4,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -48,9 +48,12 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """How the cores are shared: `jobs` calls at once, each with so many `threads`; most batches have `shape`."""
+    """How the cores are shared: `jobs` calls at once, each with so many `threads`; most batches have `shape`.
 
-    threads: int
+    Unless given, one call at a time with all of torch's threads.
+    """
+
+    threads: int = field(default_factory=torch.get_num_threads)
     jobs: int = 1
     shape: tuple[int, ...] = ()
 

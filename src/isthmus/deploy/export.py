@@ -1,6 +1,5 @@
 """A network as a file for other engines, compared with the network before it counts."""
 
-import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,12 +15,11 @@ from isthmus.deploy.compare import (
     compare_runs,
     made_up,
 )
-from isthmus.deploy.engines import EnginePrecision, Model, Run
+from isthmus.deploy.engines import ENGINES, EnginePrecision, Model, Run, Work
 from isthmus.deploy.formats import Format, format_of
-from isthmus.deploy.graph import ready
 from isthmus.deploy.predictor import Choice, choose
 from isthmus.deploy.program import Program, Translated, of_images, of_pictures, of_pixels
-from isthmus.deploy.quantize import OPEN, Quantised
+from isthmus.deploy.quantize import Quantised
 from isthmus.errors import ExportError, IsthmusError, RunError, SpecError
 from isthmus.messages import first_line
 from isthmus.nn.network import ResNet
@@ -73,23 +71,22 @@ def export(
         raise SpecError(NOT_BOTH)
     if int8 and (kind.engine not in int8.engines or not int8.judged):
         raise SpecError(f"this int8 was not measured in the engine of {path.suffix}: quantize for {kind.engine}")
-    form, reference = ready(net), copy.deepcopy(net).cpu().float()
-    pictures = pictures or made_up(net.preprocess)
+    model, pictures = Model(net, int8), pictures or made_up(net.preprocess)
     with put_in_place(path, kind) as temporary:
         speed = None
         if int8:
-            speed, _ = choose(Model(net, int8), engine=kind.engine, precision="int8")  # type: ignore[arg-type]
-            program = Translated(onnx=int8.onnx, description=description(form, "native", {}))
+            speed, _ = choose(model, engine=kind.engine, precision="int8")  # type: ignore[arg-type]
+            program = Translated(onnx=int8.onnx, description=description(model.form, "native", {}))
             run = written(kind, temporary, program, "int8")
-            compared = [compare_runs(run, OPEN[kind.engine](int8.onnx, "int8"), reference, pictures)]
+            compared = [compare_runs(run, ENGINES[kind.engine].open(model, "int8", Work()), model.reference, pictures)]
         elif preprocessing:
             pixels = written(kind, temporary.with_stem("pixels"), of_pixels(net.preprocess))
             compared = [
                 *compare_pixels(pixels, net.preprocess, pictures),
-                *compare_pictures(written(kind, temporary, of_pictures(form)), reference, pictures),
+                *compare_pictures(written(kind, temporary, of_pictures(model.form)), model.reference, pictures),
             ]
         else:
-            compared = list(compare_images(written(kind, temporary, of_images(form)), reference, pictures))
+            compared = list(compare_images(written(kind, temporary, of_images(model.form)), model.reference, pictures))
         if wrong := [str(each) for each in compared if not each.difference <= each.limit]:
             raise ExportError(
                 f"{kind.title} does not compute what the network does ({'; '.join(wrong)}); {path} was not written: "

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +19,11 @@ from torch import Tensor
 from isthmus import records
 from isthmus.atomic import atomic_write
 from isthmus.cache import cache_folder
+from isthmus.data.augment import views
+from isthmus.data.loader import Batch
+from isthmus.data.transform import normalise
 from isthmus.deploy.compare import logits, made_up, network_input, relative
-from isthmus.deploy.engines import ENGINES, PRECISIONS, EnginePrecision, Model, OpenVINO, Run, Work, native_bf16
+from isthmus.deploy.engines import CPU, ENGINES, PRECISIONS, EnginePrecision, Model, OpenVINO, Run, Work, native_bf16
 from isthmus.deploy.pace import rates
 from isthmus.deploy.program import input_size
 from isthmus.deploy.quantize import Quantised
@@ -30,7 +33,7 @@ from isthmus.nn.network import ResNet
 from isthmus.runtime import machine, versions
 from isthmus.weights.load import load
 
-__all__ = ["BATCH", "HINTS", "Choice", "EngineName", "Hint", "Predictor", "Timed", "choose"]
+__all__ = ["BATCH", "HINTS", "Choice", "EngineName", "Hint", "PrecisionName", "Predictor", "Timed", "choose"]
 
 Hint = Literal["latency", "throughput"]
 HINTS: tuple[Hint, ...] = ("latency", "throughput")
@@ -126,7 +129,10 @@ class Predictor:
         int8: Quantised | None = None,
     ) -> None:
         model = Model(run if isinstance(run, ResNet) else load(run).eval(), int8)
+        self.record, self.batch_size = model.net.preprocess, batch_size
         self.choice, self.opened = choose(model, engine=engine, precision=precision, hint=hint, batch_size=batch_size)
+        best = self.choice.rows[0]
+        self.kind: tuple[str, str, str] = best.engine, best.precision, CPU.type
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of normalised float32 images (N, C, *size), of any number and size."""
@@ -135,6 +141,28 @@ class Predictor:
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Logits of batches in their order; several are in work at once where throughput is asked for."""
         return map(torch.from_numpy, self.opened.many(map(array, batches)))
+
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches of uint8 images as loaders give them, each with its logits, averaged over the record's views.
+
+        Smaller batches are filled up: for another size an engine would compile the network once more, and may round
+        in another way.
+        """
+        busy: deque[Batch] = deque()
+
+        def images() -> Iterator[NDArray[np.float32]]:
+            for batch in batches:
+                busy.append(batch)
+                for view in views(batch.images, self.record.views):
+                    whole = torch.zeros(self.batch_size, *view.shape[1:])
+                    normalise(view, self.record, whole[: len(view)])
+                    yield whole.numpy()
+
+        found = self.opened.many(images())
+        for first in found:
+            every = [first, *islice(found, len(self.record.views) - 1)]
+            batch = busy.popleft()
+            yield batch, torch.from_numpy(np.mean(every, axis=0)[: len(batch.images)])
 
 
 def array(images: Tensor) -> NDArray[np.float32]:

@@ -4,12 +4,15 @@ Weights have a scale for each output channel, maps one each, as nncf chooses the
 folded before. The layers whose rounding moves the logits most stay in higher precision, as many as it takes.
 """
 
-import contextlib
+import hashlib
 import io
+import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,25 +20,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from isthmus import records
+from isthmus.atomic import atomic_write
+from isthmus.cache import cache_folder, make_room
 from isthmus.data.augment import views
 from isthmus.data.loader import Loader
 from isthmus.data.pictures import Pictures
 from isthmus.data.transform import normalise
-from isthmus.deploy import engines, qdq
+from isthmus.deploy import qdq
 from isthmus.deploy.compare import FEW, made_up, network_input
-from isthmus.deploy.engines import EnginePrecision, Model, Run
+from isthmus.deploy.engines import ENGINES, Model, Run, Work, onnxruntime
 from isthmus.deploy.program import input_size, needed, quiet
-from isthmus.errors import DataError, PrecisionError, SpecError
+from isthmus.errors import DataError, PrecisionError, RunError, SpecError
 from isthmus.messages import listed
 from isthmus.nn.network import ResNet
+from isthmus.runtime import machine, versions
+from isthmus.weights.digest import network_digest
 
 __all__ = ["Judged", "Limits", "Quantised", "judge", "quantized", "to_be_timed"]
 
 CALIBRATION = 300  # pictures; nncf's own default
-OPEN: dict[str, Callable[[bytes, EnginePrecision], Run]] = {
-    "openvino": engines.openvino,
-    "onnxruntime": engines.onnxruntime,
-}
+INT8_ENGINES = tuple(name for name, engine in ENGINES.items() if "int8" in engine.precisions)
 RANKED = 16  # pictures that the layers are ranked on
 LESS = 4  # each try leaves so much less of the rounding's power than the one before
 TRIES = 4
@@ -114,13 +119,17 @@ def quantized(
 ) -> Quantised:
     """A network in 8 bits for an engine; `calibration` needs no labels, and `held_out` must be other pictures.
 
-    Raises PrecisionError with the figures and the layers at fault when the limits cannot be kept, DataError without
-    pictures, MissingExtraError.
+    What was made before of the same network and pictures comes from the cache. Raises PrecisionError with the figures
+    and the layers at fault when the limits cannot be kept, DataError without pictures, MissingExtraError.
     """
     limits = limits or Limits()
-    if engine not in OPEN:
-        raise SpecError(f"{engine} does not compute in int8 here; known: {', '.join(OPEN)}")
-    engines.ENGINES[engine].check_installed()
+    if engine not in INT8_ENGINES:
+        raise SpecError(f"{engine} does not compute in int8 here; known: {', '.join(INT8_ENGINES)}")
+    ENGINES[engine].check_installed()
+    place = cache_folder("int8") / key(model.net, engine, calibration, held_out, limits)
+    if kept := read(place):
+        say(f"{kept}, as made before")
+        return kept
     wanted = reference(model, held_out, say)
     images = list(samples(calibration, model.net, say))
     original = needed("onnx", "onnx").load_from_string(model.onnx)
@@ -135,11 +144,14 @@ def quantized(
             allowed = sum(errors.values()) / LESS**turn
             higher = worst(errors, allowed)
         file = bytes(qdq.mixed(original, whole, higher).SerializeToString()) if higher else whole.SerializeToString()
-        judged = judge(OPEN[engine](file, "int8"), wanted)
+        low = Quantised(onnx=file, engines=(engine,), higher=tuple(names[each] for each in higher))
+        judged = judge(ENGINES[engine].open(Model(model.net, low), "int8", Work()), wanted)
         tried.append(judged)
         told.append(f"{judged}" + (f" with {len(higher)} of {len(names)} layers in higher precision" if higher else ""))
         if judged.within(limits):
-            return Quantised(onnx=file, engines=(engine,), higher=tuple(names[each] for each in higher), judged=judged)
+            low = replace(low, judged=judged)
+            write(place, low)
+            return low
     fault = listed(f"{names[each]} ({errors[each] / sum(errors.values()):.0%})" for each in errors)
     raise PrecisionError(
         f"int8 changes more than --max-drop {limits.max_drop:g} and --min-agreement {limits.min_agreement:g} allow: "
@@ -149,17 +161,54 @@ def quantized(
     )
 
 
+def key(net: ResNet, engine: str, calibration: Pictures, held_out: Pictures, limits: Limits) -> str:
+    """What decides a network in 8 bits, as a name in the cache."""
+    facts = [network_digest(net), engine, machine("cpu").name, versions(), records.to_dict(limits)]
+    digest = hashlib.sha256(json.dumps(facts).encode())
+    for pictures in (calibration, held_out):
+        rows = [(pictures.identity(place), label) for place, label in enumerate(pictures.labels.tolist())]
+        digest.update(json.dumps(rows).encode())
+    return digest.hexdigest()[:32]
+
+
+def read(place: Path) -> Quantised | None:
+    """What was kept; none where there is none, or none that can be read."""
+    try:
+        about = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
+        file = place.with_suffix(".onnx")
+        os.utime(file)  # used, so that it stays longer
+        return Quantised(
+            onnx=file.read_bytes(),
+            engines=tuple(about["engines"]),
+            higher=tuple(about["higher"]),
+            judged=records.from_dict(Judged, about["judged"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError, SpecError):
+        return None
+
+
+def write(place: Path, made: Quantised) -> None:
+    """Keep it where there is room; a cache that takes nothing is no reason to stop."""
+    about = {"engines": made.engines, "higher": made.higher, "judged": records.to_dict(made.judged)}
+    with suppress(RunError, OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if make_room(len(made.onnx)):
+            atomic_write(place.with_suffix(".onnx"), lambda temporary: temporary.write_bytes(made.onnx))
+            text = json.dumps(about)
+            atomic_write(place.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
 def to_be_timed(model: Model) -> Quantised:
     """Calibrated on made-up pictures and never judged: as fast as the real one, and for nothing else."""
     images = np.split(network_input(model.net, input_size(model.net), made_up(model.net.preprocess)).numpy(), FEW)
     whole = calibrated(needed("onnx", "onnx").load_from_string(model.onnx), images)
-    return Quantised(onnx=whole.SerializeToString(), engines=tuple(OPEN))
+    return Quantised(onnx=whole.SerializeToString(), engines=INT8_ENGINES)
 
 
 def calibrated(original: Any, images: Sequence[NDArray[np.float32]]) -> Any:
     """The ONNX model with every layer in 8 bits that an engine has in 8 bits."""
     os.environ.setdefault("NNCF_CI", "1")  # nncf tells its makers of each use otherwise
-    with contextlib.redirect_stdout(io.StringIO()), quiet("torch.utils.cpp_extension"):  # bars; that there is no GPU
+    with redirect_stdout(io.StringIO()), quiet("torch.utils.cpp_extension"):  # bars; that there is no GPU
         nncf = needed("nncf", "int8")
         nncf.set_log_level(logging.ERROR)
         (entry,) = original.graph.input
@@ -184,7 +233,7 @@ def ranked(original: Any, whole: Any, images: Sequence[NDArray[np.float32]]) -> 
     batch = np.concatenate(images)
 
     def logits(model: Any) -> NDArray[np.float64]:
-        found = engines.onnxruntime(model.SerializeToString())(batch).astype(np.float64)
+        found = onnxruntime(model.SerializeToString())(batch).astype(np.float64)
         centred: NDArray[np.float64] = found - found.mean(1, keepdims=True)
         return centred  # what is added to all classes changes none of them
 
@@ -211,8 +260,7 @@ def worst(errors: dict[str, float], allowed: float) -> list[str]:
 def reference(model: Model, held_out: Pictures, say: Callable[[str], object]) -> Reference:
     """What the network says of pictures in fp32; raises DataError without any."""
     loader = reader(held_out, model.net, "measure")
-    run = engines.ENGINES["torch"].open(model, "fp32", engines.Work(threads=torch.get_num_threads()))
-    logits, labels = predictions(run, loader)
+    logits, labels = predictions(ENGINES["torch"].open(model, "fp32", Work()), loader)
     tell_unreadable(loader, say)
     return Reference(loader=loader, logits=logits, labels=labels, labelled=bool(held_out.classes))
 

@@ -1,7 +1,7 @@
 """A trained network ready to run: in its fast form, channels_last, in the machine's best precision."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ class Inference:
     def __init__(self, net: ResNet, machine: Machine, precision: Precision | None = None) -> None:
         self.machine, self.record = machine, net.preprocess
         self.precision: Precision = precision or machine.precision
+        self.kind: tuple[str, str, str] = "torch", self.precision, machine.torch_device.type
         dtype, device = torch_dtype(self.precision), machine.torch_device
         head: nn.Module = copy.deepcopy(net.fc).eval().to(device)
         self.net = TrunkAndHead(fast_form(net, net.spec.head.taps, device, dtype), head, dtype)
@@ -58,9 +59,9 @@ class Inference:
         total: Tensor = sum(self.net(images) for images in images_of)
         return total / len(views)
 
-    def run(self, loader: Loader) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches of an evaluation loader, each with its logits on the CPU."""
-        for batch in loader.epoch(0):
+    def run(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches, each with its logits on the CPU."""
+        for batch in batches:
             yield batch, self.logits(batch.images).cpu()
 
     def evaluate(
@@ -71,7 +72,7 @@ class Inference:
         `progress` is told the pictures done and all of them.
         """
         tally, every = Tally(loader.pictures.classes), len(loader.pictures)
-        for batch, logits in self.run(loader):
+        for batch, logits in self.run(loader.epoch(0)):
             tally.add(logits, batch.labels)
             if progress is not None:
                 progress(min((batch.step + 1) * loader.step_size, every), every)

@@ -25,6 +25,7 @@ FACTS: dict[str, Callable[[float], str]] = {
     "epoch": lambda value: f"epoch {value:.0f}",
     "loss": lambda value: f"loss {value:.3f}",
     "lr": lambda value: f"lr {value:.2g}",
+    "waited": lambda value: f"reading binds: the network waits {value:.0%}" if value > 0.5 else "the network binds",
     "memory": lambda value: f"{value / 2**30:.1f} GiB",
 }
 

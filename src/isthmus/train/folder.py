@@ -8,7 +8,9 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from isthmus.atomic import atomic_write
-from isthmus.errors import RunError
+from isthmus.data.pictures import Pictures
+from isthmus.data.sources import open_data, open_pictures
+from isthmus.errors import DataError, RunError
 from isthmus.evaluation.metrics import Tally
 from isthmus.train.distributed import World
 from isthmus.train.recipe import Recipe
@@ -22,9 +24,11 @@ __all__ = [
     "START",
     "check_folder",
     "claimed",
+    "evaluation_pictures",
     "finished",
     "free_folder",
     "holds_run",
+    "known",
     "own_pictures",
     "recipe_of",
     "write_text",
@@ -129,6 +133,25 @@ def own_pictures(folder: Path, data: str) -> Recipe | None:
         return recipe
     there = Path(data).exists() and Path(recipe.data).exists()
     return recipe if there and Path(data).samefile(recipe.data) else None
+
+
+def evaluation_pictures(folder: Path, classes: tuple[str, ...], data: str) -> Pictures:
+    """The pictures to evaluate, with labels in the order of the network's classes."""
+    if recipe := own_pictures(folder, data):
+        found = open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed).val
+    elif data:
+        found = open_pictures(data)
+    else:
+        raise RunError(f"{folder} does not say what it was trained on; name the pictures with --data")
+    return known(found, classes)
+
+
+def known(pictures: Pictures, classes: tuple[str, ...]) -> Pictures:
+    """The same pictures with labels in the order of a network's classes; raises DataError for classes beside them."""
+    unknown = sorted(set(pictures.classes) - set(classes))
+    if unknown:
+        raise DataError(f"the network does not know the classes {unknown}; it knows {', '.join(classes) or 'none'}")
+    return pictures.under(classes)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -28,6 +28,7 @@ from isthmus.runtime import versions
 from isthmus.train.prefix import Given, Prefix
 from isthmus.train.reporter import Reporter
 from isthmus.train.rows import Rows
+from isthmus.weights.digest import add_tensors
 
 __all__ = ["Computed", "PrefixOutputs", "fingerprint", "turns_of", "turns_of_views"]
 
@@ -290,8 +291,5 @@ def fingerprint(net: ResNet, prefix: Prefix, pictures: Pictures, record: Preproc
     digest = hashlib.sha256(json.dumps(facts).encode())
     for index in range(len(pictures)):
         digest.update(json.dumps(pictures.identity(index)).encode())
-    for key, value in net.state_dict().items():
-        if key.partition(".")[0] in parts:
-            digest.update(key.encode())
-            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    add_tensors(digest, ((key, value) for key, value in net.state_dict().items() if key.partition(".")[0] in parts))
     return digest.hexdigest()[:32]

@@ -14,5 +14,6 @@ class Reporter:
     def progress(self, task: str, done: int, total: int, facts: Mapping[str, float] | None = None) -> None:
         """`task` has done so many of `total` pictures (or picture views); a task ends when all are done.
 
-        `facts` are worth watching beside it: `loss`, `lr`, `memory` in bytes.
+        `facts` are worth watching beside it: `loss`, `lr`, `memory` in bytes, the part of the time `waited` for
+        pictures.
         """

@@ -1,0 +1,315 @@
+"""Trained networks in use: what the Python names and the command line share."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from isthmus.arch.spec import HeadSpec
+from isthmus.data.decode import decode
+from isthmus.data.pictures import Pictures
+from isthmus.data.sources import open_data
+from isthmus.data.unlabelled import open_unlabelled
+from isthmus.deploy.answers import Answers, Wanted
+from isthmus.deploy.engines import Model
+from isthmus.deploy.export import NOT_BOTH, Exported, export
+from isthmus.deploy.formats import format_of
+from isthmus.deploy.job import Job
+from isthmus.deploy.predict import Pace, Reader, answered, names_digest, part_size, reader_of
+from isthmus.deploy.predictor import BATCH, EngineName, PrecisionName, Predictor
+from isthmus.deploy.quantize import CALIBRATION, Limits, Quantised, quantized
+from isthmus.errors import DataError, RecipeError, RunError, SpecError
+from isthmus.nn.network import ResNet
+from isthmus.runtime import machine
+from isthmus.train.features import with_head
+from isthmus.train.folder import evaluation_pictures, holds_run, known, own_pictures
+from isthmus.train.reporter import Reporter
+from isthmus.weights.digest import network_digest
+from isthmus.weights.load import load
+
+__all__ = ["Predicted", "Prediction", "export_run", "predict", "predict_table", "quantize"]
+
+COMPARED = 20  # pictures on which an exported file is compared with its network
+MEASURED = 500  # unlabelled pictures on which int8 is measured
+TOLD = 20  # unreadable pictures that are named
+Low = PrecisionName | Literal["fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """One picture: its best classes with their probabilities, or why it could not be read."""
+
+    path: Path
+    classes: tuple[str, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Predicted:
+    """A table that is written: how many pictures it has, and of those predicted now the speed and what was unreadable.
+
+    `waited` is the part of the time in which the network waited for pictures.
+    """
+
+    path: Path
+    pictures: int
+    unreadable: int
+    reasons: tuple[str, ...]
+    seconds: float
+    rate: float
+    waited: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Order:
+    """Pictures to predict: by which network, in which engine, and what is told of them."""
+
+    net: ResNet
+    pictures: Pictures
+    wanted: Wanted
+    reader: Reader
+    batch_size: int
+
+    @classmethod
+    def of(
+        cls,
+        run: Path | str,
+        refs: Sequence[Path | str],
+        *,
+        top: int,
+        probabilities: bool = False,
+        features: str = "",
+        batch_size: int,
+        engine: EngineName,
+        precision: Low,
+        device: str | None,
+        say: Callable[[str], object],
+    ) -> "Order":
+        """What the arguments ask for; raises RecipeError for what cannot be told."""
+        if top < 1:
+            raise RecipeError(f"top is {top}; it must be 1 or more")
+        if batch_size < 1:
+            raise RecipeError(f"batch size is {batch_size}; it must be 1 or more")
+        net, here = load(run).eval(), machine(device)
+        if features:
+            if precision == "int8":
+                raise RecipeError("int8 is measured by the classes that it predicts: take features in bf16 or fp32")
+            if features not in net.stages:
+                raise RecipeError(f"there is no stage {features!r} to take features of; known: {', '.join(net.stages)}")
+            net = with_head(net, HeadSpec(taps=(features,)), 0)
+        classes = net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))
+        if not (classes or features):
+            raise RecipeError(
+                f"{run} has no classifier, so it predicts no classes: ask for features, or train it first"
+            )
+        pictures = open_unlabelled(*refs)
+        int8 = None
+        if precision == "int8":
+            engine = "openvino" if engine == "auto" else engine
+            few = np.unique(np.linspace(0, len(pictures) - 1, 2 * MEASURED).astype(int))
+            at_hand = None if own_pictures(Path(run), "") else pictures.subset(few)
+            int8 = int8_of(net, Path(run), "", at_hand, engine, Limits(), say)
+        reader = reader_of(
+            net, len(pictures), here, engine=engine, precision=precision, batch_size=batch_size, int8=int8
+        )
+        if isinstance(reader, Predictor):
+            say(str(reader.choice))
+        wanted = Wanted(
+            classes=classes, top=top, what="features" if features else "probabilities" if probabilities else "top"
+        )
+        return cls(net=net, pictures=pictures, wanted=wanted, reader=reader, batch_size=batch_size)
+
+    @property
+    def parts(self) -> int:
+        """How many there are."""
+        return -(-len(self.pictures) // part_size(self.batch_size))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """All that decides the rows, as JSON has it."""
+        return {
+            "network": network_digest(self.net),
+            "pictures": names_digest(self.pictures),
+            "told": [self.wanted.what, self.wanted.top],
+            "reader": list(self.reader.kind),
+            "batch_size": self.batch_size,
+        }
+
+    def answered(self, parts: Sequence[int], pace: Pace, reporter: Reporter) -> Iterator[tuple[int, Answers]]:
+        """The answers of these parts."""
+        outputs = self.net.spec.num_classes or self.net.plan.num_features
+        tell = partial(reporter.progress, "predicting")
+        return answered(self.reader, self.pictures, parts, outputs, batch_size=self.batch_size, pace=pace, tell=tell)
+
+
+def predict(
+    run: Path | str,
+    *pictures: Path | str,
+    top: int = 5,
+    batch_size: int = BATCH,
+    engine: EngineName = "auto",
+    precision: Low = "auto",
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> list[Prediction]:
+    """The `top` classes of every picture, in order; `pictures` are named as `open_unlabelled` says.
+
+    A picture that cannot be read has its reason in `error`, and the rest goes on; DataError where none can be read.
+    For more pictures than memory holds rows of: `predict_table`.
+    """
+    reporter = reporter or Reporter()
+    order = Order.of(
+        run,
+        pictures,
+        top=top,
+        batch_size=batch_size,
+        engine=engine,
+        precision=precision,
+        device=device,
+        say=reporter.say,
+    )
+    rows: list[Prediction] = []
+    for _, answers in order.answered(range(order.parts), Pace(), reporter):
+        best = iter(order.wanted.best(answers.outputs))
+        for name, error in zip(answers.names, answers.errors, strict=True):
+            found = next(best) if error is None else {}
+            classes, values = tuple(found), tuple(found.values())
+            rows.append(Prediction(path=Path(name), classes=classes, probabilities=values, error=error or ""))
+    if all(row.error for row in rows):
+        raise DataError(f"none of {len(rows)} pictures can be read; the first: {rows[0].error}")
+    return rows
+
+
+def predict_table(
+    run: Path | str,
+    *pictures: Path | str,
+    out: Path | str,
+    top: int = 5,
+    probabilities: bool = False,
+    features: str = "",
+    batch_size: int = BATCH,
+    engine: EngineName = "auto",
+    precision: Low = "auto",
+    device: str | None = None,
+    reporter: Reporter | None = None,
+) -> Predicted:
+    """Write a .csv or .parquet table with a row a picture: its `top` classes, all probabilities, or pooled `features`.
+
+    Features are those of a stage, such as "layer4". However many pictures there are, memory stays the same. Parts of
+    the table are kept beside it until it is whole, so that the same call goes on where another was ended.
+    Raises RunError for parts of another job.
+    """
+    reporter, job = reporter or Reporter(), Job(Path(out))
+    with job.claimed():
+        begun = job.kept.get("reader", [])  # rows of one table come from one engine
+        if begun and engine == precision == "auto":
+            engine, precision, _ = begun
+        order = Order.of(
+            run,
+            pictures,
+            probabilities=probabilities,
+            top=top,
+            features=features,
+            batch_size=batch_size,
+            engine=engine,
+            precision=precision,
+            device=device,
+            say=reporter.say,
+        )
+        job.begin(order.about, order.parts)
+        missing = job.missing()
+        if len(missing) < job.parts:
+            reporter.say(f"{job.parts - len(missing)} of {job.parts} parts are done already")
+        pace, reasons = Pace(), list[str]()
+        for number, answers in order.answered(missing, pace, reporter):
+            job.keep(number, job.file.encode(order.wanted.table(answers)))
+            reasons += [error for error in answers.errors if error is not None][: TOLD - len(reasons)]
+        reporter.say(str(pace))
+        job.finish()
+    return Predicted(
+        path=job.out,
+        pictures=len(order.pictures),
+        unreadable=pace.unreadable,
+        reasons=tuple(reasons),
+        seconds=pace.seconds,
+        rate=pace.pictures / pace.seconds,
+        waited=pace.waited / pace.seconds,
+    )
+
+
+def quantize(
+    run: Path | str,
+    data: str = "",
+    *,
+    engine: str = "openvino",
+    limits: Limits | None = None,
+    pictures: Sequence[Path | str] = (),
+    reporter: Reporter | None = None,
+) -> Quantised:
+    """The network of a run in 8 bits for an engine, calibrated on its training pictures and measured on the others.
+
+    `data` names other labelled pictures, as for training; `pictures`, named as `open_unlabelled` says, have no labels,
+    so that agreement alone is measured, on every second of them. Raises as `quantized` does.
+    """
+    net, unlabelled = load(run).eval(), open_unlabelled(*pictures) if pictures else None
+    return int8_of(net, Path(run), data, unlabelled, engine, limits or Limits(), (reporter or Reporter()).say)
+
+
+def int8_of(
+    net: ResNet,
+    folder: Path,
+    data: str,
+    unlabelled: Pictures | None,
+    engine: str,
+    limits: Limits,
+    say: Callable[[str], object],
+) -> Quantised:
+    """The network of a run folder in 8 bits, made with unlabelled pictures if there are some, else with its data."""
+    if unlabelled:
+        calibration, held_out = (unlabelled.subset(range(start, len(unlabelled), 2)) for start in (0, 1))
+    else:
+        recipe = own_pictures(folder, data)
+        if not (recipe or data):
+            raise RunError(
+                f"int8 is calibrated and measured on pictures, and {folder} names none; give --data or --pictures"
+            )
+        both = open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed) if recipe else open_data(data)
+        calibration, held_out = both.train, known(both.val, net.classes)
+    say(f"int8: calibrating on {min(len(calibration), CALIBRATION)} pictures, measuring on {len(held_out)}")
+    return quantized(Model(net), calibration, held_out, limits, engine=engine, say=say)
+
+
+def export_run(
+    run: Path | str,
+    out: Path | str,
+    *,
+    preprocessing: bool = False,
+    precision: Literal["fp32", "int8"] = "fp32",
+    data: str = "",
+    limits: Limits | None = None,
+    pictures: Sequence[Path | str] = (),
+    reporter: Reporter | None = None,
+) -> Exported:
+    """Export the network of a run, compared on pictures (files and folders), else on the run's validation pictures.
+
+    Int8 is made as `quantize` makes it. Raises as `export` and `quantize` do, and DataError for pictures that cannot
+    be read.
+    """
+    net, folder, int8 = load(run).eval(), Path(run), None
+    if precision == "int8":
+        if preprocessing:
+            raise SpecError(NOT_BOTH)
+        engine = format_of(Path(out)).engine
+        int8 = quantize(run, data, engine=engine, limits=limits, pictures=pictures, reporter=reporter)
+    if pictures:
+        found: Pictures | None = open_unlabelled(*pictures)
+    else:
+        found = evaluation_pictures(folder, net.classes, "") if holds_run(folder) else None
+    places = np.linspace(0, len(found) - 1, min(COMPARED, len(found))).astype(int) if found else ()
+    channels = net.preprocess.channels
+    pixels = [decode(found.read(place), channels, found.name(place)) for place in places] if found else []
+    return export(net, out, preprocessing=preprocessing, int8=int8, pictures=pixels)
