@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from isthmus.run import predict
+from isthmus.ship import predict
 from small_runs import SPEC, class_folders, network, weights
 
 

@@ -120,7 +120,7 @@ def test_a_loader_gives_batches_and_scores(tmp_path):
     pictures = Pictures.of_files(paths, labels.tolist(), ("a", "b", "c"))
     loader = Loader(pictures=pictures, record=net.preprocess, batch_size=2, train=False)
     runner = Inference(net, machine("cpu"), "fp32")
-    found = list(runner.run(loader))
+    found = list(runner.run(loader.epoch(0)))
     assert torch.cat([batch.indices for batch, _ in found]).tolist() == list(range(5))
     assert relative_error(torch.cat([logits for _, logits in found]), wanted) <= 1e-5
     tally = runner.evaluate(loader)
