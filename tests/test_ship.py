@@ -262,6 +262,30 @@ def test_a_job_that_is_killed_goes_on(linear, pictures, gallery, tmp_path, kills
     assert not (tmp_path / "out.csv.parts").exists()
 
 
+PEAK = """
+import resource, sys
+from isthmus.ship import predict_table
+predict_table(*sys.argv[2:], out=sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.long
+def test_memory_is_the_same_for_ten_times_the_pictures(linear, pictures, tmp_path):
+    sources = sorted(pictures.rglob("*.jpg"))
+    peaks = []
+    for count in (5_000, 50_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        for number in range(count):
+            os.link(sources[number % len(sources)], folder / f"a rather long name of a picture file {number}.jpg")
+        command = [sys.executable, "-c", PEAK, str(tmp_path / f"{count}.csv"), str(linear), str(folder)]
+        told = subprocess.run(command, check=True, capture_output=True, text=True)
+        peaks.append(int(told.stdout))
+        assert len(pd.read_csv(tmp_path / f"{count}.csv")) == count
+    assert peaks[1] < 1.1 * peaks[0], peaks
+
+
 def test_an_end_while_parts_are_removed(linear, pictures, tmp_path, small_parts):
     """What is left of them counts for nothing."""
     out, folder = tmp_path / "out.csv", tmp_path / "out.csv.parts"
