@@ -62,7 +62,7 @@ def linear(tmp_path_factory, pictures, start) -> Path:
 @pytest.fixture
 def small_parts(monkeypatch) -> None:
     """Parts of one batch of four."""
-    monkeypatch.setattr(pipeline, "PART", 4)
+    monkeypatch.setattr(ship, "PART", 4)
 
 
 def read(path: Path) -> pd.DataFrame:
@@ -227,9 +227,9 @@ def test_what_is_done_is_not_done_again(linear, pictures, tmp_path, small_parts,
 
 KILLED = """
 import sys
-from isthmus.deploy import predict
+from isthmus import ship
 from isthmus.ship import predict_table
-predict.PART = 4
+ship.PART = 4
 predict_table(*sys.argv[2:], out=sys.argv[1], batch_size=4)
 """
 

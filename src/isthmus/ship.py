@@ -1,10 +1,10 @@
 """Trained networks in use: what the Python names and the command line share."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -13,21 +13,20 @@ from isthmus.data.decode import decode
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import open_data
 from isthmus.data.unlabelled import open_unlabelled
-from isthmus.deploy.answers import Answers, Wanted
+from isthmus.deploy.answers import Wanted
+from isthmus.deploy.cluster import spread
 from isthmus.deploy.engines import Model
 from isthmus.deploy.export import NOT_BOTH, Exported, export
 from isthmus.deploy.formats import format_of
 from isthmus.deploy.job import Job
-from isthmus.deploy.predict import Pace, Reader, answered, names_digest, part_size, reader_of
-from isthmus.deploy.predictor import BATCH, EngineName, PrecisionName, Predictor
+from isthmus.deploy.predict import PART, Low, Order, Pace, answered
+from isthmus.deploy.predictor import BATCH, EngineName
 from isthmus.deploy.quantize import CALIBRATION, Limits, Quantised, quantized
 from isthmus.errors import DataError, RecipeError, RunError, SpecError
 from isthmus.nn.network import ResNet
-from isthmus.runtime import machine
 from isthmus.train.features import with_head
 from isthmus.train.folder import evaluation_pictures, holds_run, known, own_pictures
 from isthmus.train.reporter import Reporter
-from isthmus.weights.digest import network_digest
 from isthmus.weights.load import load
 
 __all__ = ["Predicted", "Prediction", "export_run", "predict", "predict_table", "quantize"]
@@ -35,7 +34,6 @@ __all__ = ["Predicted", "Prediction", "export_run", "predict", "predict_table", 
 COMPARED = 20  # pictures on which an exported file is compared with its network
 MEASURED = 500  # unlabelled pictures on which int8 is measured
 TOLD = 20  # unreadable pictures that are named
-Low = PrecisionName | Literal["fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,10 +48,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """A table that is written: how many pictures it has, and of those predicted now the speed and what was unreadable.
-
-    `waited` is the part of the time in which the network waited for pictures.
-    """
+    """A written table: how many pictures it has, and of those predicted now the speed and what was unreadable."""
 
     path: Path
     pictures: int
@@ -61,89 +56,6 @@ class Predicted:
     reasons: tuple[str, ...]
     seconds: float
     rate: float
-    waited: float
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Order:
-    """Pictures to predict: by which network, in which engine, and what is told of them."""
-
-    net: ResNet
-    pictures: Pictures
-    wanted: Wanted
-    reader: Reader
-    batch_size: int
-
-    @classmethod
-    def of(
-        cls,
-        run: Path | str,
-        refs: Sequence[Path | str],
-        *,
-        top: int,
-        probabilities: bool = False,
-        features: str = "",
-        batch_size: int,
-        engine: EngineName,
-        precision: Low,
-        device: str | None,
-        say: Callable[[str], object],
-    ) -> "Order":
-        """What the arguments ask for; raises RecipeError for what cannot be told."""
-        if top < 1:
-            raise RecipeError(f"top is {top}; it must be 1 or more")
-        if batch_size < 1:
-            raise RecipeError(f"batch size is {batch_size}; it must be 1 or more")
-        net, here = load(run).eval(), machine(device)
-        if features:
-            if precision == "int8":
-                raise RecipeError("int8 is measured by the classes that it predicts: take features in bf16 or fp32")
-            if features not in net.stages:
-                raise RecipeError(f"there is no stage {features!r} to take features of; known: {', '.join(net.stages)}")
-            net = with_head(net, HeadSpec(taps=(features,)), 0)
-        classes = net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))
-        if not (classes or features):
-            raise RecipeError(
-                f"{run} has no classifier, so it predicts no classes: ask for features, or train it first"
-            )
-        pictures = open_unlabelled(*refs)
-        int8 = None
-        if precision == "int8":
-            engine = "openvino" if engine == "auto" else engine
-            few = np.unique(np.linspace(0, len(pictures) - 1, 2 * MEASURED).astype(int))
-            at_hand = None if own_pictures(Path(run), "") else pictures.subset(few)
-            int8 = int8_of(net, Path(run), "", at_hand, engine, Limits(), say)
-        reader = reader_of(
-            net, len(pictures), here, engine=engine, precision=precision, batch_size=batch_size, int8=int8
-        )
-        if isinstance(reader, Predictor):
-            say(str(reader.choice))
-        wanted = Wanted(
-            classes=classes, top=top, what="features" if features else "probabilities" if probabilities else "top"
-        )
-        return cls(net=net, pictures=pictures, wanted=wanted, reader=reader, batch_size=batch_size)
-
-    @property
-    def parts(self) -> int:
-        """How many there are."""
-        return -(-len(self.pictures) // part_size(self.batch_size))
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """All that decides the rows, as JSON has it."""
-        return {
-            "network": network_digest(self.net),
-            "pictures": names_digest(self.pictures),
-            "told": [self.wanted.what, self.wanted.top],
-            "reader": list(self.reader.kind),
-            "batch_size": self.batch_size,
-        }
-
-    def answered(self, parts: Sequence[int], pace: Pace, reporter: Reporter) -> Iterator[tuple[int, Answers]]:
-        """The answers of these parts."""
-        outputs = self.net.spec.num_classes or self.net.plan.num_features
-        tell = partial(reporter.progress, "predicting")
-        return answered(self.reader, self.pictures, parts, outputs, batch_size=self.batch_size, pace=pace, tell=tell)
 
 
 def predict(
@@ -162,18 +74,10 @@ def predict(
     For more pictures than memory holds rows of: `predict_table`.
     """
     reporter = reporter or Reporter()
-    order = Order.of(
-        run,
-        pictures,
-        top=top,
-        batch_size=batch_size,
-        engine=engine,
-        precision=precision,
-        device=device,
-        say=reporter.say,
-    )
+    order = order_of(run, pictures, Wanted(top=top), batch_size, engine, precision, device, reporter.say)
     rows: list[Prediction] = []
-    for _, answers in order.answered(range(order.parts), Pace(), reporter):
+    tell = partial(reporter.progress, "predicting")
+    for answers in answered(order, order.reader(reporter.say), range(order.parts), Pace(), tell):
         best = iter(order.wanted.best(answers.outputs))
         for name, error in zip(answers.names, answers.errors, strict=True):
             found = next(best) if error is None else {}
@@ -195,39 +99,41 @@ def predict_table(
     engine: EngineName = "auto",
     precision: Low = "auto",
     device: str | None = None,
+    cluster: str = "",
+    workers: int = 0,
     reporter: Reporter | None = None,
 ) -> Predicted:
     """Write a .csv or .parquet table with a row a picture: its `top` classes, all probabilities, or pooled `features`.
 
     Features are those of a stage, such as "layer4". However many pictures there are, memory stays the same. Parts of
-    the table are kept beside it until it is whole, so that the same call goes on where another was ended.
+    the table are kept beside it until it is whole, so that the same call goes on where another was ended. With
+    `cluster` the machines of a Ray cluster predict them (see `spread`), and the rows are the same.
     Raises RunError for parts of another job.
     """
     reporter, job = reporter or Reporter(), Job(Path(out))
+    wanted = Wanted(top=top, what="probabilities" if probabilities else "top", stage=features)
     with job.claimed():
         begun = job.kept.get("reader", [])  # rows of one table come from one engine
         if begun and engine == precision == "auto":
             engine, precision, _ = begun
-        order = Order.of(
-            run,
-            pictures,
-            probabilities=probabilities,
-            top=top,
-            features=features,
-            batch_size=batch_size,
-            engine=engine,
-            precision=precision,
-            device=device,
-            say=reporter.say,
-        )
-        job.begin(order.about, order.parts)
+        order = order_of(run, pictures, wanted, batch_size, engine, precision, device, reporter.say)
+        reader = order.reader(reporter.say)
+        order = order.settled(reader)
+        job.begin(order.about(reader), order.parts)
         missing = job.missing()
         if len(missing) < job.parts:
             reporter.say(f"{job.parts - len(missing)} of {job.parts} parts are done already")
         pace, reasons = Pace(), list[str]()
-        for number, answers in order.answered(missing, pace, reporter):
-            job.keep(number, job.file.encode(order.wanted.table(answers)))
-            reasons += [error for error in answers.errors if error is not None][: TOLD - len(reasons)]
+        tell = partial(reporter.progress, "predicting")
+        if cluster:
+            made = spread(order, missing, job.file.encode, cluster, workers, pace, tell)
+        else:
+            every = answered(order, reader, missing, pace, tell)
+            tables = ((answers, job.file.encode(order.wanted.table(answers))) for answers in every)
+            made = ((part, table, answers.reasons) for part, (answers, table) in zip(missing, tables, strict=True))
+        for part, table, bad in made:
+            job.keep(part, table)
+            reasons += bad[: TOLD - len(reasons)]
         reporter.say(str(pace))
         job.finish()
     return Predicted(
@@ -237,7 +143,50 @@ def predict_table(
         reasons=tuple(reasons),
         seconds=pace.seconds,
         rate=pace.pictures / pace.seconds,
-        waited=pace.waited / pace.seconds,
+    )
+
+
+def order_of(
+    run: Path | str,
+    refs: Sequence[Path | str],
+    wanted: Wanted,
+    batch_size: int,
+    engine: EngineName,
+    precision: Low,
+    device: str | None,
+    say: Callable[[str], object],
+) -> Order:
+    """What the arguments of a prediction ask for; raises RecipeError for what cannot be told."""
+    if wanted.top < 1:
+        raise RecipeError(f"top is {wanted.top}; it must be 1 or more")
+    if batch_size < 1:
+        raise RecipeError(f"batch size is {batch_size}; it must be 1 or more")
+    net, stage = load(run).eval(), wanted.stage
+    if stage:
+        if precision == "int8":
+            raise RecipeError("int8 is measured by the classes that it predicts: take features in bf16 or fp32")
+        if stage not in net.stages:
+            raise RecipeError(f"there is no stage {stage!r} to take features of; known: {', '.join(net.stages)}")
+        net = with_head(net, HeadSpec(taps=(stage,)), 0)
+    classes = net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))
+    if not (classes or stage):
+        raise RecipeError(f"{run} has no classifier, so it predicts no classes: ask for features, or train it first")
+    pictures, int8 = open_unlabelled(*refs), None
+    if precision == "int8":
+        engine = "openvino" if engine == "auto" else engine
+        few = np.unique(np.linspace(0, len(pictures) - 1, 2 * MEASURED).astype(int))
+        at_hand = None if own_pictures(Path(run), "") else pictures.subset(few)
+        int8 = int8_of(net, Path(run), "", at_hand, engine, Limits(), say)
+    return Order(
+        net=net,
+        pictures=pictures,
+        wanted=replace(wanted, classes=classes),
+        batch_size=batch_size,
+        size=batch_size * max(1, PART // batch_size),
+        engine=engine,
+        precision=precision,
+        device=device,
+        int8=int8,
     )
 
 

@@ -28,6 +28,8 @@ def predict(
     precision: Literal["auto", "fp32", "bf16", "fp16", "int8"] = "auto",
     batch_size: int = 16,
     device: Device = None,
+    cluster: str = "",
+    workers: int = 0,
     as_json: Json = False,
 ) -> None:
     """Tell the classes of pictures: of a few in the terminal, of millions in a table.
@@ -53,13 +55,17 @@ def predict(
         on these. fp16 is for GPUs.
     batch_size
         Pictures at once.
+    cluster
+        A Ray cluster that shares the work: its address, auto for the one that this machine is in, or local.
+    workers
+        Processes of the cluster; one a machine unless given.
     """
     from isthmus.report.terminal import TerminalReporter
     from isthmus.ship import predict as tell
     from isthmus.ship import predict_table
 
-    if out is None and (probabilities or features):
-        raise RecipeError("features and all probabilities are told in a table; name it with --out, .csv or .parquet")
+    if out is None and (probabilities or features or cluster):
+        raise RecipeError("features, all probabilities and what a cluster predicts go to a table: name one with --out")
     with TerminalReporter() as reporter:
         if out is None:
             rows = tell(
@@ -84,6 +90,8 @@ def predict(
                 engine=engine,
                 precision=precision,
                 device=device,
+                cluster=cluster,
+                workers=workers,
                 reporter=reporter,
             )
     if out is not None:

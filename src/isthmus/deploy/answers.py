@@ -22,11 +22,12 @@ Table = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Wanted:
-    """What is told: the `top` classes with their probabilities, or the probabilities of all, or pooled features."""
+    """What is told: the `top` classes with their probabilities, or those of all, or pooled features of a `stage`."""
 
     classes: tuple[str, ...] = ()
-    what: Literal["top", "probabilities", "features"] = "top"
+    what: Literal["top", "probabilities"] = "top"
     top: int = 5
+    stage: str = ""
 
     def best(self, outputs: Tensor) -> list[dict[str, float]]:
         """Of each picture the best classes with their probabilities."""
@@ -39,7 +40,7 @@ class Wanted:
     def table(self, answers: "Answers") -> Table:
         """Of answers, a row each."""
         told: Table = {"path": answers.names}
-        if self.what == "features":
+        if self.stage:
             told["features"] = answers.filled(answers.outputs.numpy())
         elif self.what == "probabilities":
             values = answers.filled(answers.outputs.softmax(1).numpy())
@@ -62,6 +63,11 @@ class Answers:
     names: list[str]
     errors: list[str | None]
     outputs: Tensor
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why those that cannot be read cannot."""
+        return [error for error in self.errors if error is not None]
 
     def filled(self, values: NDArray[Any], gap: float = np.nan) -> NDArray[Any]:
         """Values of the readable pictures, in rows of all."""

@@ -100,6 +100,11 @@ class ResNet(nn.Module):
             maps["last"] = self.act(self.norm(x)) if self.spec.preact else x
         return maps
 
+    @property
+    def outputs(self) -> int:
+        """Numbers that it gives of a picture: logits, or pooled features where it has no classifier."""
+        return self.spec.num_classes or self.plan.num_features
+
     def stem(self, x: Tensor) -> Tensor:
         """The map before the first stage."""
         inside = (self.conv1, self.bn1, self.act1, self.maxpool)

@@ -1,0 +1,78 @@
+"""The parts of a table predicted by many machines: Ray Data hands them out, and again where a machine is lost."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from isthmus.deploy.answers import Table
+from isthmus.deploy.predict import Order, Pace, Tell, answered
+from isthmus.errors import MissingExtraError, RunError
+from isthmus.messages import first_line
+
+__all__ = ["spread"]
+
+
+class Worker:
+    """Predicts whole parts with the cores that it was given."""
+
+    def __init__(self, order: Order, cores: int, encode: Callable[[Table], bytes]) -> None:
+        torch.set_num_threads(cores)
+        self.order, self.encode, self.reader = order, encode, order.reader()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A part as the bytes of a file, and the reasons of what cannot be read in it."""
+        (answers,) = answered(self.order, self.reader, [row["part"]], Pace())
+        return row | {"table": self.encode(self.order.wanted.table(answers)), "reasons": answers.reasons}
+
+
+def spread(
+    order: Order,
+    parts: Sequence[int],
+    encode: Callable[[Table], bytes],
+    address: str,
+    workers: int,
+    pace: Pace,
+    tell: Tell,
+) -> Iterator[tuple[int, bytes, list[str]]]:
+    """Parts as they are done, in any order: number, bytes of a file, reasons of what cannot be read.
+
+    `address` is a Ray cluster's, "auto" for the one that this machine is part of, "local" for one of its own. There is
+    one worker a machine, or as many as `workers` says, and they share all cores alike. Every machine must see the files
+    of the pictures under the same paths. Raises RunError where the cluster cannot be reached, MissingExtraError.
+    """
+    if not parts:
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # it tells its makers of each use otherwise
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingExtraError("ray", "cluster") from error
+    try:
+        ray.init(address, include_dashboard=False if address == "local" else None, log_to_driver=False)
+    except Exception as error:  # it has many
+        raise RunError(
+            f"there is no Ray cluster at {address}: {first_line(error)}; begin one by `ray start`"
+        ) from error
+    try:
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+        machines = [int(node["Resources"]["CPU"]) for node in nodes if node["Alive"] and "CPU" in node["Resources"]]
+        count = workers or len(machines)
+        cores = max(1, min(machines) // -(-count // len(machines)))
+        rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map(
+            Worker,  # type: ignore[arg-type]
+            fn_constructor_args=(order, cores, encode),
+            concurrency=min(count, len(parts)),
+            num_cpus=cores,
+        )
+        every = sum(len(order.places(part)) for part in parts)
+        for row in rows.iter_rows():
+            pace.pictures += len(order.places(row["part"]))
+            pace.unreadable += len(row["reasons"])
+            tell(pace.pictures, every, {})
+            yield int(row["part"]), bytes(row["table"]), list(row["reasons"])
+    finally:
+        ray.shutdown()
