@@ -96,6 +96,7 @@ def test_the_lowest_floors_are_the_standard_library(path):
 OPTIONAL = {
     "aiohttp",
     "datasets",
+    "fastapi",
     "fsspec",
     "h5py",
     "huggingface_hub",
@@ -103,7 +104,10 @@ OPTIONAL = {
     "onnx",
     "onnxruntime",
     "openvino",
+    "prometheus_client",
     "ray",
+    "starlette",
+    "uvicorn",
     "matplotlib",
     "jinja2",
     "timm",

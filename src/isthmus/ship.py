@@ -20,8 +20,10 @@ from isthmus.deploy.export import NOT_BOTH, Exported, export
 from isthmus.deploy.formats import format_of
 from isthmus.deploy.job import Job
 from isthmus.deploy.predict import PART, Low, Order, Pace, answered
-from isthmus.deploy.predictor import BATCH, EngineName
+from isthmus.deploy.predictor import BATCH, EngineName, PrecisionName, Predictor
 from isthmus.deploy.quantize import CALIBRATION, Limits, Quantised, quantized
+from isthmus.deploy.serve import batcher, server
+from isthmus.deploy.serve.guard import Bounds
 from isthmus.errors import DataError, RecipeError, RunError, SpecError
 from isthmus.nn.network import ResNet
 from isthmus.train.features import with_head
@@ -29,7 +31,7 @@ from isthmus.train.folder import evaluation_pictures, holds_run, known, own_pict
 from isthmus.train.reporter import Reporter
 from isthmus.weights.load import load
 
-__all__ = ["Predicted", "Prediction", "export_run", "predict", "predict_table", "quantize"]
+__all__ = ["Predicted", "Prediction", "export_run", "predict", "predict_table", "quantize", "serve"]
 
 COMPARED = 20  # pictures on which an exported file is compared with its network
 MEASURED = 500  # unlabelled pictures on which int8 is measured
@@ -168,7 +170,7 @@ def order_of(
         if stage not in net.stages:
             raise RecipeError(f"there is no stage {stage!r} to take features of; known: {', '.join(net.stages)}")
         net = with_head(net, HeadSpec(taps=(stage,)), 0)
-    classes = net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))
+    classes = classes_of(net)
     if not (classes or stage):
         raise RecipeError(f"{run} has no classifier, so it predicts no classes: ask for features, or train it first")
     pictures, int8 = open_unlabelled(*refs), None
@@ -188,6 +190,11 @@ def order_of(
         device=device,
         int8=int8,
     )
+
+
+def classes_of(net: ResNet) -> tuple[str, ...]:
+    """The names of its classes, or their numbers."""
+    return net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))
 
 
 def quantize(
@@ -262,3 +269,47 @@ def export_run(
     channels = net.preprocess.channels
     pixels = [decode(found.read(place), channels, found.name(place)) for place in places] if found else []
     return export(net, out, preprocessing=preprocessing, int8=int8, pictures=pixels)
+
+
+def serve(
+    run: Path | str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    top: int = 5,
+    engine: EngineName = "auto",
+    precision: PrecisionName = "auto",
+    bounds: Bounds | None = None,
+    reporter: Reporter | None = None,
+) -> None:
+    """Tell over HTTP the `top` classes of pictures, until a signal comes.
+
+    Raises RunError where the port is taken, and for int8 of a network that names no pictures of its own; EngineError.
+    """
+    if top < 1:
+        raise RecipeError(f"top is {top}; it must be 1 or more")
+    reporter, net, int8 = reporter or Reporter(), load(run).eval(), None
+    if not (classes := classes_of(net)):
+        raise RecipeError(f"{run} has no classifier, so it predicts no classes: train it first")
+    if precision == "int8":
+        if not own_pictures(Path(run), ""):
+            raise RunError(f"int8 is calibrated on the pictures of a run, and {run} names none: take bf16 or fp32")
+        engine = "openvino" if engine == "auto" else engine
+        int8 = int8_of(net, Path(run), "", None, engine, Limits(), reporter.say)
+    server.serve(
+        partial(
+            Predictor,
+            net,
+            engine=engine,
+            precision=precision,
+            hint="latency",
+            batch_size=batcher.BATCH,
+            int8=int8,
+        ),
+        net.preprocess,
+        Wanted(classes=classes, top=top),
+        host=host,
+        port=port,
+        bounds=bounds or Bounds(),
+        say=reporter.say,
+    )

@@ -10,10 +10,32 @@ from cyclopts import App
 from isthmus.cli import main
 from isthmus.cli.main import app
 
-COMMANDS = ["weights", "bench", "models", "plan", "train", "recipes", "eval", "predict", "export", "shards", "env"]
+COMMANDS = [
+    "weights",
+    "bench",
+    "models",
+    "plan",
+    "train",
+    "recipes",
+    "eval",
+    "predict",
+    "serve",
+    "export",
+    "shards",
+    "env",
+]
 WEIGHTS = ["inspect", "convert", "verify", "list"]
 # Commands whose options are pinned in tests/golden/commands.json; add a name, then run pytest --regenerate.
-PINNED = ["models", "plan", "recipes", "export", "shards", "bench data", *(f"weights {name}" for name in WEIGHTS)]
+PINNED = [
+    "models",
+    "plan",
+    "recipes",
+    "serve",
+    "export",
+    "shards",
+    "bench data",
+    *(f"weights {name}" for name in WEIGHTS),
+]
 
 
 def at(words: str) -> App:

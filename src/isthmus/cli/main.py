@@ -36,6 +36,7 @@ COMMANDS = (
         "predict:predict",
         "Tell the classes of pictures: of a few in the terminal, of millions in a table.",
     ),
+    (app, "serve", "serve:serve", "Answer over HTTP what pictures show, with a page to drop them on."),
     (
         app,
         "export",

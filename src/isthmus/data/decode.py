@@ -16,7 +16,7 @@ from isthmus.arch.preprocess import ChannelOrder
 from isthmus.data.pictures import read_file
 from isthmus.errors import DataError
 
-__all__ = ["Pixels", "decode", "extensions", "pixels_of"]
+__all__ = ["Pixels", "decode", "extensions", "pixel_count", "pixels_of"]
 
 Pixels = NDArray[np.uint8]
 """One picture, (H, W, C)."""
@@ -74,6 +74,18 @@ def decode(source: Path | str | bytes, channels: ChannelOrder = "RGB", name: str
         raise DataError(f"{name} is empty; copy it again or leave it out")
     plain = _plain_jpeg(content, channels)
     return _by_pillow(content, channels, name) if plain is None else plain
+
+
+def pixel_count(content: bytes) -> int | None:
+    """How many pixels a picture has by its header, at least; None where there is no picture."""
+    _hush()
+    try:
+        with Image.open(BytesIO(content), formats=_formats()) as image:
+            return image.width * image.height
+    except Image.DecompressionBombError:
+        return 2 * (Image.MAX_IMAGE_PIXELS or 0) + 1
+    except Exception:  # noqa: BLE001 - each of Pillow's formats raises its own
+        return None
 
 
 def _plain_jpeg(content: bytes, channels: ChannelOrder) -> Pixels | None:

@@ -89,7 +89,7 @@ class Model:
 class Engine:
     """An engine: its name for people, its precisions, the libraries it needs, the extra that brings them.
 
-    `parallel` says that it may be called several times at once.
+    `parallel` says that it may be called several times at once, `compiles` that every new shape takes it long.
     """
 
     title: str
@@ -104,6 +104,7 @@ class Engine:
         for library in self.libraries:
             needed(library, self.extra)
 
+    compiles: bool = False
 
 def native_bf16() -> bool:
     """Whether this CPU multiplies bf16 itself."""
@@ -223,7 +224,7 @@ class OpenVINO:
 
 ENGINES: dict[str, Engine] = {
     "torch": Engine(title="torch, fused", precisions=("fp32", "bf16"), open=open_torch),
-    "inductor": Engine(title="torch, compiled", precisions=("fp32", "bf16"), open=open_inductor),
+    "inductor": Engine(title="torch, compiled", precisions=("fp32", "bf16"), open=open_inductor, compiles=True),
     "onnxruntime": Engine(
         title="ONNX Runtime",
         precisions=("fp32", "int8"),

@@ -142,6 +142,17 @@ class Predictor:
         """Logits of batches in their order; several are in work at once where throughput is asked for."""
         return map(torch.from_numpy, self.opened.many(map(array, batches)))
 
+    def logits(self, images: Tensor) -> Tensor:
+        """Logits (N, classes) of uint8 images (N, C, H, W), averaged over the record's views; of any number.
+
+        An engine that compiles for every number is asked for one or for whole batches.
+        """
+        count = len(images)
+        gap = -count % self.batch_size if count > 1 and ENGINES[self.kind[0]].compiles else 0
+        whole = torch.cat([images, images.new_zeros(gap, *images.shape[1:])]) if gap else images
+        every = [self(normalise(view, self.record)) for view in views(whole, self.record.views)]
+        return torch.stack(every).mean(0)[:count]
+
     def run(self, batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Batches of uint8 images as loaders give them, each with its logits, averaged over the record's views.
 

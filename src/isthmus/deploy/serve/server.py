@@ -1,0 +1,101 @@
+"""The server: it begins when the engine is ready, and ends when every request has its answer."""
+
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from isthmus.arch.preprocess import Preprocess
+from isthmus.deploy.answers import Wanted
+from isthmus.deploy.predictor import Predictor
+from isthmus.deploy.program import needed
+from isthmus.deploy.serve.app import application
+from isthmus.deploy.serve.engine import Engine
+from isthmus.deploy.serve.guard import Bounds
+from isthmus.errors import EngineError, RunError
+from isthmus.messages import first_line, listed
+
+__all__ = ["serve"]
+
+CONNECTIONS = 512  # at once, whatever they do
+FINISH = 20  # seconds that requests have to end in after a signal
+
+
+def serve(
+    make: Callable[[], Predictor],
+    record: Preprocess,
+    wanted: Wanted,
+    *,
+    host: str,
+    port: int,
+    bounds: Bounds,
+    say: Callable[[str], object],
+) -> None:
+    """Answer requests until a signal comes, with the predictor that `make` gives in a process of its own.
+
+    Raises RunError where the port is taken, EngineError with what is wrong with the engine, MissingExtraError.
+    """
+    for library in ("fastapi", "uvicorn", "prometheus_client"):
+        needed(library, "serve")
+    signal.signal(signal.SIGTERM, leave)
+    with bound(host, port) as door:
+        engine = Engine(make)
+        try:
+            say("preparing the engine; which one is the fastest is found out once for a network")
+            try:
+                say(str(engine.start()))
+            except EOFError as error:
+                raise EngineError("the engine's process ended while it started; what it said is above") from error
+            app = application(engine, record, wanted, bounds, say)
+            name = f"[{host}]" if ":" in host else host
+            address = f"http://{name}:{door.getsockname()[1]}"
+            limits = f"{bounds.max_bytes:,} bytes and {bounds.max_pixels:,} pixels a picture, {bounds.queue} at once"
+            say(f"{len(wanted.classes)} classes: {listed(wanted.classes)}; at most {limits}")
+            run(app, door, lambda: say(f"serving at {address}"))
+        finally:
+            engine.end()
+
+
+def leave(_signal: int, _frame: FrameType | None) -> None:
+    """End in order: SIGTERM is no failure."""
+    sys.exit(0)
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at an address that takes no connections yet; raises RunError."""
+    door = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        door.bind((host, port))
+    except (OSError, OverflowError) as error:
+        door.close()
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise RunError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from error
+    return door
+
+
+def run(app: Any, door: socket.socket, opened: Callable[[], object]) -> None:
+    """Serve an application; `opened` is called when the first request may come."""
+    import uvicorn
+
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        loop="asyncio",
+        ws="none",
+        lifespan="on",
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        limit_concurrency=CONNECTIONS,
+        timeout_graceful_shutdown=FINISH,
+    )
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            opened()
+
+    Server(config).run([door])
