@@ -372,7 +372,6 @@ def test_predictions_in_int8_without_a_run(linear, pictures, tmp_path, monkeypat
     """Calibrated on some of the pictures that are predicted, measured on others."""
     monkeypatch.setattr(ship, "Limits", lambda: LOOSE)
     monkeypatch.setattr(predictor, "rates", lambda calls, _: {key: 2.0 if "int8" in key else 1.0 for key in calls})
-    monkeypatch.setitem(predictor.CLOSE, "int8", 9.0)  # a random trunk suffers much
     recorder, file = Recorder(), linear / "model.safetensors"
     wanted = predict(file, pictures, precision="fp32")
     alone = tmp_path / "alone.safetensors"

@@ -24,6 +24,7 @@ LIBRARIES = (
     "safetensors",
     "onnx",
     "onnxruntime",
+    "onnxscript",
     "openvino",
     "nncf",
     "timm",

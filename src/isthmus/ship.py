@@ -21,7 +21,7 @@ from isthmus.deploy.formats import format_of
 from isthmus.deploy.job import Job
 from isthmus.deploy.predict import PART, Low, Order, Pace, answered
 from isthmus.deploy.predictor import BATCH, EngineName, PrecisionName, Predictor
-from isthmus.deploy.quantize import CALIBRATION, Limits, Quantised, quantized
+from isthmus.deploy.quantize import CALIBRATION, INT8_ENGINES, Limits, Quantised, quantized
 from isthmus.deploy.serve import batcher, server
 from isthmus.deploy.serve.guard import Bounds
 from isthmus.errors import DataError, RecipeError, RunError, SpecError
@@ -259,8 +259,10 @@ def export_run(
     if precision == "int8":
         if preprocessing:
             raise SpecError(NOT_BOTH)
-        engine = format_of(Path(out)).engine
-        int8 = quantize(run, data, engine=engine, limits=limits, pictures=pictures, reporter=reporter)
+        kind = format_of(Path(out))
+        if kind.engine not in INT8_ENGINES:
+            raise SpecError(f"{kind.title} has no int8 here: write .onnx or .xml")
+        int8 = quantize(run, data, engine=kind.engine, limits=limits, pictures=pictures, reporter=reporter)
     if pictures:
         found: Pictures | None = open_unlabelled(*pictures)
     else:

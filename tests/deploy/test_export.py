@@ -21,7 +21,7 @@ from isthmus.arch.variants import variant
 from isthmus.deploy import graph, program
 from isthmus.deploy.export import export
 from isthmus.deploy.formats import FORMATS
-from isthmus.errors import ExportError, IsthmusError, RunError, SpecError
+from isthmus.errors import ExportError, IsthmusError, RunError, SpecError, WeightsError
 from isthmus.nn.network import ResNet
 from oracles import random_state, relative_error, trimmed
 from small_runs import SPEC, network
@@ -203,3 +203,25 @@ def test_mistakes(fault, error, reason, tmp_path):
         export(net, found if isinstance(found, Path) else path)
     assert isinstance(caught.value, IsthmusError)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_engine_that_fails_with_a_file_is_told(tmp_path):
+    """torch.export ties the length of a signal to the one that it saw."""
+    signal = network(replace(SPEC, dims=1))
+    with pytest.raises(ExportError, match=r"torch\.export cannot express or run this network: .*; try another format"):
+        export(signal, tmp_path / "net.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_channels_that_pictures_do_not_have(tmp_path):
+    with pytest.raises(
+        SpecError, match="takes 5 channels, and pictures in RGB have 3: export it without preprocessing"
+    ):
+        export(network(replace(SPEC, in_channels=5)), tmp_path / "net.onnx", preprocessing=True)
+
+
+@pytest.mark.parametrize(("suffix", "whose"), [(".xml", "OpenVINO"), (".pt2", r"torch\.export")])
+def test_files_for_engines_are_not_loaded_as_weights(suffix, whose, tmp_path):
+    export(network(), tmp_path / f"net{suffix}")
+    with pytest.raises(WeightsError, match=rf"is a file for {whose}; load what it was exported from"):
+        isthmus.load(tmp_path / f"net{suffix}")

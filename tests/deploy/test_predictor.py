@@ -1,5 +1,6 @@
 """One predictor over four engines: their numbers, the choice between them, and what is refused."""
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +11,7 @@ import isthmus
 from isthmus.deploy import engines, predictor
 from isthmus.deploy.engines import ENGINES, Model
 from isthmus.deploy.predictor import HINTS, Predictor, choose
-from isthmus.deploy.quantize import Quantised
+from isthmus.deploy.quantize import to_be_timed
 from isthmus.errors import EngineError, MissingExtraError, PrecisionError, SpecError
 from isthmus.runtime import machine
 from oracles import picture, relative_error
@@ -171,7 +172,8 @@ def test_bf16_only_where_the_cpu_has_it(rated, monkeypatch):
 
 def test_int8_that_saves_no_time_is_refused(rated, monkeypatch):
     net = network()
-    fake = Quantised(onnx=Model(net).onnx, engines=("openvino",))  # as good as fp32, and as slow
+    timed = to_be_timed(Model(net))
+    fake = replace(timed, onnx=Model(net).onnx, engines=("openvino",))  # as good as fp32, and as slow
     with pytest.raises(EngineError, match="int8 needs pictures"):
         Predictor(net, precision="int8")
     assert Predictor(net, precision="int8", int8=fake).choice.rows[0].precision == "int8"
@@ -217,3 +219,64 @@ def test_cores_are_shared_without_rest(threads, jobs, each, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     assert predictor.shared_work("throughput") == engines.Work(threads=each, jobs=jobs)
     assert predictor.shared_work("latency") == engines.Work(threads=threads, jobs=1)
+
+
+def test_a_refusal_of_some_weights_is_not_kept_for_others(rated, monkeypatch):
+    """What is kept is for all networks of a shape."""
+    with monkeypatch.context() as patch:
+        patch.setitem(ENGINES, "onnxruntime", wrong(ENGINES["onnxruntime"]))
+        choose(Model(network()), precision="fp32")
+    choice, _ = choose(Model(network()), precision="fp32")
+    assert not any(row.refused for row in choice.rows)
+
+
+def test_a_table_with_int8_serves_predictors_without(rated):
+    """What `isthmus bench` found out is not measured again."""
+    net = network()
+    model = Model(net, to_be_timed(Model(net)))
+    table, _ = choose(model, again=True)
+    assert any(row.precision == "int8" for row in table.rows)
+    assert Predictor(net).choice.rows == tuple(row for row in table.rows if row.precision != "int8")
+    assert len(rated) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_network_in_half_precision_is_folded_in_single(rated, dtype):
+    """Folding in its own would round every weight once more, and no engine would agree."""
+    net = network().to(dtype)
+    found = Predictor(net, precision="fp32")
+    assert not any(row.refused for row in found.choice.rows)
+    images = picture(2, 3, 32, 32, seed=0).float()
+    with torch.no_grad():
+        assert relative_error(found(images), copy.deepcopy(net).float()(images)) < 1e-5
+
+
+def test_threads_of_the_process_stay_what_they_are():
+    before = torch.get_num_threads()
+    run = Predictor(network(), engine="torch", precision="fp32")
+    try:
+        torch.set_num_threads(before + 1)
+        run(picture(2, 3, 32, 32, seed=0))
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("engine", ["torch", "onnxruntime", "openvino"])
+def test_what_is_no_batch_of_images(engine):
+    run = Predictor(network(), engine=engine, precision="fp32", batch_size=2)
+    for images, message in (
+        (torch.zeros(3, 32, 32), r"\(3, 32, 32\); they must be \(N, 3, height, width\)"),
+        (torch.zeros(2, 1, 32, 32), r"\(2, 1, 32, 32\); they must be \(N, 3, height, width\)"),
+        (np.zeros((2, 3, 32, 32), np.float32), "images are ndarray; give a torch.Tensor"),
+    ):
+        with pytest.raises(EngineError, match=message):
+            run(images)
+    assert run(torch.zeros(0, 3, 32, 32)).shape == (0, 7)
+
+
+def test_a_part_in_training_mode_is_named():
+    net = network()
+    net.layer2.train()
+    with pytest.raises(SpecError, match="its layer2 is in training mode"):
+        Predictor(net)

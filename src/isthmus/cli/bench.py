@@ -127,11 +127,13 @@ def engines(
     from isthmus.deploy.predictor import HINTS, Hint, Timed, choose
     from isthmus.deploy.program import input_size
     from isthmus.deploy.quantize import to_be_timed
-    from isthmus.errors import MissingExtraError
+    from isthmus.errors import EngineError, MissingExtraError
     from isthmus.report.terminal import TerminalReporter
     from isthmus.runtime import machine
     from isthmus.weights.load import create, load
 
+    if min(batch_sizes) < 1:
+        raise EngineError(f"batch sizes are {', '.join(map(str, batch_sizes))}; they must be 1 or more")
     net = (create(network) if network in variants() else load(network)).eval()
     if image_size:
         net.preprocess = net.preprocess.at(image_size)

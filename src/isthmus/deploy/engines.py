@@ -17,10 +17,12 @@ from torch import nn
 from isthmus.deploy import program
 from isthmus.deploy.graph import check_mode, ready
 from isthmus.deploy.program import needed
+from isthmus.errors import PrecisionError
 from isthmus.evaluation.inference import TrunkAndHead
 from isthmus.nn.fuse import fast_form
 from isthmus.nn.network import ResNet
 from isthmus.runtime import machine
+from isthmus.weights.digest import network_digest
 
 if TYPE_CHECKING:
     from isthmus.deploy.quantize import Quantised
@@ -63,6 +65,10 @@ class Model:
 
     def __init__(self, net: ResNet, int8: "Quantised | None" = None) -> None:
         check_mode(net)
+        if int8 and int8.network != network_digest(net):
+            raise PrecisionError(
+                "this int8 was made of another network, or of this one before it changed: quantize anew"
+            )
         self.net, self.int8 = net, int8
 
     @cached_property
@@ -98,13 +104,13 @@ class Engine:
     libraries: Sequence[str] = ()
     extra: str = ""
     parallel: bool = False
+    compiles: bool = False
 
     def check_installed(self) -> None:
         """Raise MissingExtraError unless its libraries are here."""
         for library in self.libraries:
             needed(library, self.extra)
 
-    compiles: bool = False
 
 def native_bf16() -> bool:
     """Whether this CPU multiplies bf16 itself."""
@@ -133,11 +139,16 @@ def of_torch(module: Callable[[torch.Tensor], torch.Tensor], work: Work) -> Run:
     """A torch module on arrays."""
 
     def run(batch: NDArray[Any]) -> NDArray[np.float32]:
-        if torch.get_num_threads() != work.threads:
-            torch.set_num_threads(work.threads)
-        with torch.no_grad():
-            found: NDArray[np.float32] = module(torch.from_numpy(batch)).numpy()
-            return found
+        others = torch.get_num_threads()  # of the whole process
+        try:
+            if others != work.threads:
+                torch.set_num_threads(work.threads)
+            with torch.no_grad():
+                found: NDArray[np.float32] = module(torch.from_numpy(batch)).numpy()
+                return found
+        finally:
+            if others != work.threads:
+                torch.set_num_threads(others)
 
     return run
 

@@ -71,22 +71,33 @@ def export(
         raise SpecError(NOT_BOTH)
     if int8 and (kind.engine not in int8.engines or not int8.judged):
         raise SpecError(f"this int8 was not measured in the engine of {path.suffix}: quantize for {kind.engine}")
+    if preprocessing and net.spec.in_channels != len(net.preprocess.channels):
+        raise SpecError(
+            f"the network takes {net.spec.in_channels} channels, and pictures in {net.preprocess.channels} have "
+            f"{len(net.preprocess.channels)}: export it without preprocessing"
+        )
     model, pictures = Model(net, int8), pictures or made_up(net.preprocess)
     with put_in_place(path, kind) as temporary:
         speed = None
-        if int8:
-            speed, _ = choose(model, engine=kind.engine, precision="int8")  # type: ignore[arg-type]
-            program = Translated(onnx=int8.onnx, description=description(model.form, "native", {}))
-            run = written(kind, temporary, program, "int8")
-            compared = [compare_runs(run, ENGINES[kind.engine].open(model, "int8", Work()), model.reference, pictures)]
-        elif preprocessing:
-            pixels = written(kind, temporary.with_stem("pixels"), of_pixels(net.preprocess))
-            compared = [
-                *compare_pixels(pixels, net.preprocess, pictures),
-                *compare_pictures(written(kind, temporary, of_pictures(model.form)), model.reference, pictures),
-            ]
-        else:
-            compared = list(compare_images(written(kind, temporary, of_images(model.form)), model.reference, pictures))
+        with blamed(kind):
+            if int8:
+                speed, _ = choose(model, engine=kind.engine, precision="int8")  # type: ignore[arg-type]
+                program = Translated(onnx=int8.onnx, description=description(model.form, "native", {}))
+                run, judged = (
+                    written(kind, temporary, program, "int8"),
+                    ENGINES[kind.engine].open(model, "int8", Work()),
+                )
+                compared = [compare_runs(run, judged, model.reference, pictures)]
+            elif preprocessing:
+                pixels = written(kind, temporary.with_stem("pixels"), of_pixels(net.preprocess))
+                whole = written(kind, temporary, of_pictures(model.form))
+                compared = [
+                    *compare_pixels(pixels, net.preprocess, pictures),
+                    *compare_pictures(whole, model.reference, pictures),
+                ]
+            else:
+                run = written(kind, temporary, of_images(model.form))
+                compared = list(compare_images(run, model.reference, pictures))
         if wrong := [str(each) for each in compared if not each.difference <= each.limit]:
             raise ExportError(
                 f"{kind.title} does not compute what the network does ({'; '.join(wrong)}); {path} was not written: "
@@ -97,15 +108,21 @@ def export(
 
 
 def written(kind: Format, path: Path, program: Program | Translated, precision: EnginePrecision = "fp32") -> Run:
-    """The file as its own engine runs it; raises ExportError when that cannot write or read it."""
+    """The file as its own engine runs it."""
+    kind.write(program, path)
+    return kind.open(path, precision)
+
+
+@contextmanager
+def blamed(kind: Format) -> Iterator[None]:
+    """What goes wrong with a file, written, opened or run, as an ExportError."""
     try:
-        kind.write(program, path)
-        return kind.open(path, precision)
+        yield
     except (IsthmusError, OSError):
         raise
     except Exception as error:  # each engine has its own
         raise ExportError(
-            f"{kind.title} cannot express this network: {first_line(error)}; try another format"
+            f"{kind.title} cannot express or run this network: {first_line(error)}; try another format"
         ) from error
 
 

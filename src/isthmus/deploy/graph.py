@@ -17,10 +17,11 @@ __all__ = ["FromPictures", "FromPixels", "check_mode", "ready"]
 
 def check_mode(net: ResNet) -> None:
     """Raise SpecError for a network in training mode."""
-    if net.training:
+    if training := [name for name, module in net.named_modules() if module.training]:
+        where = f"its {training[0]} is" if training[0] else "the network is"
         raise SpecError(
-            "the network is in training mode, and would run other batch norms than it was measured with: "
-            "call net.eval() first"
+            f"{where} in training mode, and would run other batch norms than it was measured with: "
+            f"call net.eval() first"
         )
 
 

@@ -25,7 +25,7 @@ from isthmus.data.transform import normalise
 from isthmus.deploy.compare import logits, made_up, network_input, relative
 from isthmus.deploy.engines import CPU, ENGINES, PRECISIONS, EnginePrecision, Model, OpenVINO, Run, Work, native_bf16
 from isthmus.deploy.pace import rates
-from isthmus.deploy.program import input_size
+from isthmus.deploy.program import input_size, quiet
 from isthmus.deploy.quantize import Quantised
 from isthmus.errors import EngineError, MissingExtraError, PrecisionError, RunError, SpecError
 from isthmus.messages import first_line
@@ -42,9 +42,10 @@ PrecisionName = Literal["auto", "fp32", "bf16", "int8"]
 BATCH = 16
 MOST_JOBS = 8  # batches at once; more of them take memory and gain nothing
 ENOUGH = 2  # batches for each job in a measurement
-# How far logits may be from the network's own, in parts of the largest. Of int8 only nonsense is caught here: it is
-# judged by its predictions on pictures.
-CLOSE: Mapping[EnginePrecision, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.5}
+# How far logits may be from the network's own, in parts of the largest; of int8 from those that it gave when it was
+# judged. Where it never was, only nonsense is caught.
+CLOSE: Mapping[EnginePrecision, float] = {"fp32": 1e-4, "bf16": 0.05, "int8": 0.1}
+NONSENSE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +75,10 @@ class Choice:
         beside = f", the fastest of {'; '.join(map(str, self.rows))}" if others else ""
         chosen = f"{ENGINES[best.engine].title} in {best.precision}"
         return f"{chosen}: {best.rate:.1f} pictures/s, {self.batch_size} at once, for {self.hint}{beside}"
+
+
+class WrongNumbersError(EngineError):
+    """An engine computes something else than the network."""
 
 
 class Opened:
@@ -129,18 +134,19 @@ class Predictor:
         int8: Quantised | None = None,
     ) -> None:
         model = Model(run if isinstance(run, ResNet) else load(run).eval(), int8)
-        self.record, self.batch_size = model.net.preprocess, batch_size
+        self.net, self.record, self.batch_size = model.net, model.net.preprocess, batch_size
         self.choice, self.opened = choose(model, engine=engine, precision=precision, hint=hint, batch_size=batch_size)
         best = self.choice.rows[0]
         self.kind: tuple[str, str, str] = best.engine, best.precision, CPU.type
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of normalised float32 images (N, C, *size), of any number and size."""
-        return torch.from_numpy(self.opened.one(array(images)))
+        batch = array(images, self.net)
+        return torch.from_numpy(self.opened.one(batch)) if len(batch) else torch.empty(0, self.net.outputs)
 
     def stream(self, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         """Logits of batches in their order; several are in work at once where throughput is asked for."""
-        return map(torch.from_numpy, self.opened.many(map(array, batches)))
+        return map(torch.from_numpy, self.opened.many(array(batch, self.net) for batch in batches))
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of uint8 images (N, C, H, W), averaged over the record's views; of any number.
@@ -176,10 +182,15 @@ class Predictor:
             yield batch, torch.from_numpy(np.mean(every, axis=0)[: len(batch.images)])
 
 
-def array(images: Tensor) -> NDArray[np.float32]:
-    """Images as engines take them; raises EngineError for pixels that nobody normalised."""
+def array(images: Tensor, net: ResNet) -> NDArray[np.float32]:
+    """Images as engines take them; raises EngineError for what is no batch of a network's normalised images."""
+    if not isinstance(images, Tensor):
+        raise EngineError(f"images are {type(images).__name__}; give a torch.Tensor")
     if not images.is_floating_point():
         raise EngineError(f"images are {images.dtype}; normalise them first, as the network's preprocessing says")
+    wanted = ("N", net.spec.in_channels, *("height", "width", "depth")[: net.spec.dims])
+    if images.ndim != len(wanted) or images.shape[1] != net.spec.in_channels:
+        raise EngineError(f"images are {tuple(images.shape)}; they must be ({', '.join(map(str, wanted))})")
     found: NDArray[np.float32] = images.detach().float().cpu().numpy()
     return found
 
@@ -202,13 +213,19 @@ def choose(
     work = replace(shared_work(hint), shape=images.shape)
 
     def tried(name: str, precision: EnginePrecision) -> Opened:
-        return opened(model, name, precision, work, images, known)
+        if precision == "int8" and model.int8:
+            places = [place % len(model.int8.images) for place in range(batch_size)]
+            of_int8 = model.int8.images[places], torch.from_numpy(model.int8.logits[places])
+            close = CLOSE[precision] if model.int8.judged else NONSENSE
+            return opened(model, name, precision, work, *of_int8, close)
+        return opened(model, name, precision, work, images, known, CLOSE[precision])
 
     if not again and (kept := read(place)):
         with suppress(EngineError, MissingExtraError):  # not what it was: chosen anew
             return kept, tried(kept.rows[0].engine, kept.rows[0].precision)
     open_now: dict[tuple[str, EnginePrecision], Opened] = {}
     refused: list[Timed] = []
+    wrong = False
     for pair in pairs:
         try:
             open_now[pair] = tried(*pair)
@@ -218,17 +235,25 @@ def choose(
             refused.append(Timed(engine=pair[0], precision=pair[1], refused="not installed"))
         except EngineError as error:
             refused.append(Timed(engine=pair[0], precision=pair[1], refused=str(error)))
+            wrong |= isinstance(error, WrongNumbersError)
     if not open_now:
         raise EngineError(f"no engine can run this network here: {'; '.join(map(str, refused))}")
     found = measured(open_now, images)
     rows = [Timed(engine=name, precision=low, rate=rate) for (name, low), rate in found.items()]
     rows.sort(key=lambda row: -row.rate)
     if precision == "int8" and rows[0].precision != "int8":
-        raise PrecisionError(
-            f"int8 saves no time here ({'; '.join(map(str, [*rows, *refused]))}): use {rows[0].precision}"
-        )
+        timed = any(row.precision == "int8" for row in rows)
+        reason = "saves no time here" if timed else "cannot be used here"
+        raise PrecisionError(f"int8 {reason} ({'; '.join(map(str, [*rows, *refused]))}): use {rows[0].precision}")
     choice = Choice(hint=hint, batch_size=batch_size, rows=(*rows, *refused))
-    write(place, choice)
+    if not wrong:  # that depends on the weights, and what is kept is for all networks of this shape
+        write(place, choice)
+        if (
+            precision == "auto" and model.int8 and not model.int8.judged
+        ):  # timed for a table: what a predictor without int8 asks for, too
+            plain = Model(model.net)
+            place = cache_folder("engines") / f"{key(plain, wanted(plain, engine, precision), hint, batch_size)}.json"
+            write(place, replace(choice, rows=tuple(row for row in choice.rows if row.precision != "int8")))
     return choice, open_now[rows[0].engine, rows[0].precision]
 
 
@@ -271,21 +296,28 @@ def sample(model: Model, count: int) -> tuple[NDArray[np.float32], Tensor]:
 
 
 def opened(
-    model: Model, name: str, precision: EnginePrecision, work: Work, images: NDArray[np.float32], known: Tensor
+    model: Model,
+    name: str,
+    precision: EnginePrecision,
+    work: Work,
+    images: NDArray[np.float32],
+    known: Tensor,
+    close: float,
 ) -> Opened:
     """An engine that gives the right numbers; raises EngineError with the reason for one that does not."""
     engine = ENGINES[name]
     engine.check_installed()
     jobs = work.jobs if engine.parallel else 1
-    work = work if engine.parallel else Work(threads=work.threads * work.jobs, shape=work.shape)
+    work = work if engine.parallel else Work(shape=work.shape)
     try:
-        run = engine.open(model, precision, work)
-        found = run(images)
+        with quiet("torch.utils.cpp_extension"):  # Inductor's, that there is no GPU
+            run = engine.open(model, precision, work)
+            found = run(images)
     except Exception as error:  # each engine has its own
         raise EngineError(f"cannot run this network: {first_line(error)}") from error
-    if not (difference := relative(found, known)) <= CLOSE[precision]:
-        raise EngineError(
-            f"gives wrong numbers: logits differ by {difference:.2g} of the largest, and may by {CLOSE[precision]:g}"
+    if not (difference := relative(found, known)) <= close:
+        raise WrongNumbersError(
+            f"gives wrong numbers: logits differ by {difference:.2g} of the largest, and may by {close:g}"
         )
     return Opened(run, jobs)
 

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import redirect_stdout, suppress
@@ -28,7 +29,7 @@ from isthmus.data.loader import Loader
 from isthmus.data.pictures import Pictures
 from isthmus.data.transform import normalise
 from isthmus.deploy import qdq
-from isthmus.deploy.compare import FEW, made_up, network_input
+from isthmus.deploy.compare import FEW, logits, made_up, network_input
 from isthmus.deploy.engines import ENGINES, Model, Run, Work, onnxruntime
 from isthmus.deploy.program import input_size, needed, quiet
 from isthmus.errors import DataError, PrecisionError, RunError, SpecError
@@ -37,7 +38,7 @@ from isthmus.nn.network import ResNet
 from isthmus.runtime import machine, versions
 from isthmus.weights.digest import network_digest
 
-__all__ = ["Judged", "Limits", "Quantised", "judge", "quantized", "to_be_timed"]
+__all__ = ["CALIBRATION", "INT8_ENGINES", "Judged", "Limits", "Quantised", "judge", "quantized", "to_be_timed"]
 
 CALIBRATION = 300  # pictures; nncf's own default
 INT8_ENGINES = tuple(name for name, engine in ENGINES.items() if "int8" in engine.precisions)
@@ -95,11 +96,15 @@ class Reference:
 class Quantised:
     """An ONNX file in 8 bits for some engines, the layers in it that stay in higher precision, and how it predicts.
 
-    One that was never judged is there to be timed.
+    `network` is the digest of what it was made from; `images` (N, C, *size) and their `logits` (N, classes) are what an
+    engine is tried on. One that was never judged is there to be timed.
     """
 
     onnx: bytes
     engines: tuple[str, ...]
+    network: str
+    images: NDArray[np.float32]
+    logits: NDArray[np.float32]
     higher: tuple[str, ...] = ()
     judged: Judged | None = None
 
@@ -130,10 +135,22 @@ def quantized(
     if kept := read(place):
         say(f"{kept}, as made before")
         return kept
+    if model.net.spec.dims != 2 or model.net.spec.in_channels != len(model.net.preprocess.channels):
+        raise SpecError("int8 is calibrated on pictures, and this network takes none: stay with bf16")
+    if model.net.spec.num_classes < 2:
+        raise SpecError("int8 is measured by the classes that it predicts, and this network tells none apart")
+    allowed = 1 - limits.min_agreement  # of the pictures, so that one of them must be no more than that
+    if allowed > 0 and 0 < len(held_out) < (least := math.ceil(round(1 / allowed, 6))):
+        raise DataError(
+            f"{len(held_out)} pictures cannot show that {limits.min_agreement:g} of all keep their class: give {least} "
+            f"or more, or lower --min-agreement"
+        )
     wanted = reference(model, held_out, say)
     images = list(samples(calibration, model.net, say))
     original = needed("onnx", "onnx").load_from_string(model.onnx)
     whole = calibrated(original, images)
+    few, network = np.concatenate(images[:FEW]), network_digest(model.net)
+    known = np.zeros((len(few), model.net.spec.num_classes), np.float32)
     names, higher, told, tried = qdq.layers(original, whole), list[str](), list[str](), list[Judged]()
     errors: dict[str, float] = {}
     for turn in range(TRIES):
@@ -144,13 +161,24 @@ def quantized(
             allowed = sum(errors.values()) / LESS**turn
             higher = worst(errors, allowed)
         file = bytes(qdq.mixed(original, whole, higher).SerializeToString()) if higher else whole.SerializeToString()
-        low = Quantised(onnx=file, engines=(engine,), higher=tuple(names[each] for each in higher))
-        judged = judge(ENGINES[engine].open(Model(model.net, low), "int8", Work()), wanted)
+        low = Quantised(
+            onnx=file,
+            engines=(engine,),
+            network=network,
+            images=few,
+            logits=known,
+            higher=tuple(names[each] for each in higher),
+        )
+        run = ENGINES[engine].open(Model(model.net, low), "int8", Work())
+        judged = judge(run, wanted)
         tried.append(judged)
         told.append(f"{judged}" + (f" with {len(higher)} of {len(names)} layers in higher precision" if higher else ""))
+        if turn:
+            say(f"int8: {told[-1]}")
         if judged.within(limits):
-            low = replace(low, judged=judged)
+            low = replace(low, judged=judged, logits=run(few))
             write(place, low)
+            say(str(low))
             return low
     fault = listed(f"{names[each]} ({errors[each] / sum(errors.values()):.0%})" for each in errors)
     raise PrecisionError(
@@ -175,10 +203,14 @@ def read(place: Path) -> Quantised | None:
     """What was kept; none where there is none, or none that can be read."""
     try:
         about = json.loads(place.with_suffix(".json").read_text(encoding="utf-8"))
-        file = place.with_suffix(".onnx")
-        os.utime(file)  # used, so that it stays longer
+        file, tried = place.with_suffix(".onnx"), np.load(place.with_suffix(".npz"))
+        for each in (file, place.with_suffix(".npz")):
+            os.utime(each)  # used, so that it stays longer
         return Quantised(
             onnx=file.read_bytes(),
+            network=about["network"],
+            images=tried["images"],
+            logits=tried["logits"],
             engines=tuple(about["engines"]),
             higher=tuple(about["higher"]),
             judged=records.from_dict(Judged, about["judged"]),
@@ -189,20 +221,34 @@ def read(place: Path) -> Quantised | None:
 
 def write(place: Path, made: Quantised) -> None:
     """Keep it where there is room; a cache that takes nothing is no reason to stop."""
-    about = {"engines": made.engines, "higher": made.higher, "judged": records.to_dict(made.judged)}
+    about = {
+        "engines": made.engines,
+        "network": made.network,
+        "higher": made.higher,
+        "judged": records.to_dict(made.judged),
+    }
+    tried = io.BytesIO()
+    np.savez(tried, images=made.images, logits=made.logits)
     with suppress(RunError, OSError):
         place.parent.mkdir(parents=True, exist_ok=True)
         if make_room(len(made.onnx)):
             atomic_write(place.with_suffix(".onnx"), lambda temporary: temporary.write_bytes(made.onnx))
+            atomic_write(place.with_suffix(".npz"), lambda temporary: temporary.write_bytes(tried.getvalue()))
             text = json.dumps(about)
             atomic_write(place.with_suffix(".json"), lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def to_be_timed(model: Model) -> Quantised:
     """Calibrated on made-up pictures and never judged: as fast as the real one, and for nothing else."""
-    images = np.split(network_input(model.net, input_size(model.net), made_up(model.net.preprocess)).numpy(), FEW)
-    whole = calibrated(needed("onnx", "onnx").load_from_string(model.onnx), images)
-    return Quantised(onnx=whole.SerializeToString(), engines=INT8_ENGINES)
+    images = network_input(model.net, input_size(model.net), made_up(model.net.preprocess))
+    whole = calibrated(needed("onnx", "onnx").load_from_string(model.onnx), np.split(images.numpy(), FEW))
+    return Quantised(
+        onnx=whole.SerializeToString(),
+        engines=INT8_ENGINES,
+        network=network_digest(model.net),
+        images=images.numpy(),
+        logits=logits(model.reference, images).numpy(),
+    )
 
 
 def calibrated(original: Any, images: Sequence[NDArray[np.float32]]) -> Any:

@@ -142,7 +142,12 @@ def fold(net: ResNet) -> ResNet:
 
 
 def folded_or_copied(net: ResNet) -> ResNet:
-    """What `fold` gives; a copy of group-normalised and changed networks, which cannot fold."""
+    """What `fold` gives; a copy of group-normalised and changed networks, which cannot fold.
+
+    Half precision becomes single before: folding in it would round every weight once more.
+    """
+    if any(each.dtype in (torch.float16, torch.bfloat16) for each in net.parameters()):
+        net = copy.deepcopy(net).float()
     try:
         return fold(net)
     except SpecError:

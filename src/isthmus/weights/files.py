@@ -46,6 +46,7 @@ WRAPPERS = (
     "state_dict", "model_state_dict", "model_state", "model", "net", "network", "blobs",
     "model_ema", "state_dict_ema", "ema_state_dict", "ema", "teacher", "student", "weights",
 )  # fmt: skip
+EXPORTED = {".xml": "OpenVINO", ".pt2": "torch.export"}  # what is written for engines, and is not read back
 MAX_WRAPPERS = 3  # in one another; a dict can hold itself
 PREFIXES = ("module.", "_orig_mod.", "model.", "timm_model.", "backbone.", "encoder.", "net.")
 HEADS = ("fc.", "head.", "classifier.")  # what may stand beside a `backbone.`
@@ -273,6 +274,8 @@ def first_bytes(path: Path) -> bytes:
         raise WeightsError(f"cannot read {path}: {error.strerror}; check the path") from error
     if not start:
         raise WeightsError(f"{path} is empty; download or save it again")
+    if path.suffix.lower() in EXPORTED:
+        raise WeightsError(f"{path} is a file for {EXPORTED[path.suffix.lower()]}; load what it was exported from")
     if start.startswith(b"version https://git-lfs"):
         raise WeightsError(f"{path} is a Git LFS pointer and not the weights; fetch them with `git lfs pull`")
     if start.lstrip()[:1] == b"<" and start[8:9] != HEADER:  # the length of a header may be any bytes

@@ -105,7 +105,7 @@ def node(op, inputs, output, **attributes):
         ([node("Pad", ["picture", "pads"], "a")], r"adds \d+ channels"),
         ([node("Transpose", ["picture"], "a", perm=[0, 0, 1, 2])], "perm .* does not fit"),
         ([node("DequantizeLinear", ["one", "one", "one"], "a")], "quantised"),
-        ([node("QuantizeLinear", ["picture", "one", "one"], "a")], "no place in a network of this family"),
+        ([node("QuantizeLinear", ["picture", "one", "one"], "a")], "holds a network in 8 bits"),
         ([node("Cast", ["picture"], "a", to=3)], "quantised graphs"),
         ([node("FusedConv", ["picture", "one"], "a", domain="com.microsoft")], r"\(com.microsoft.FusedConv\)"),
         ([node("Constant", [], "a", value_ints=[1] * 5000)], "of 5000 numbers; store them as a tensor"),

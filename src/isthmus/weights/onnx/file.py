@@ -85,6 +85,8 @@ def read_graph(path: Path) -> Graph:
         model.ParseFromString(path.read_bytes())
         if not model.graph.node:
             raise WeightsError(f"{path} is truncated, damaged or no ONNX file (it has no nodes)")
+        if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+            raise WeightsError(f"{path} holds a network in 8 bits, which is for engines; load what it was made from")
         return _Reader(path).graph(model.graph, {each.key: each.value for each in model.metadata_props})
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror} ({error.filename}); check the path") from error
