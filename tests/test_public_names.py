@@ -33,6 +33,7 @@ NAMES = [
     "load_weights",
     "plan",
     "predict",
+    "predict_table",
     "projection",
     "quantize",
     "save_weights",

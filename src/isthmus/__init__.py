@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from isthmus.nn.freeze import freeze
     from isthmus.nn.network import ResNet
     from isthmus.run import evaluate, fit
-    from isthmus.ship import predict, quantize
+    from isthmus.ship import predict, predict_table, quantize
     from isthmus.train.recipe import Recipe
     from isthmus.weights.fit import LoadReport
     from isthmus.weights.load import create, load, load_weights
@@ -46,6 +46,7 @@ LAZY = {
     "fit": "isthmus.run",
     "Predictor": "isthmus.deploy.predictor",
     "predict": "isthmus.ship",
+    "predict_table": "isthmus.ship",
     "quantize": "isthmus.ship",
 }
 
@@ -76,6 +77,7 @@ __all__ = [
     "load_weights",
     "plan",
     "predict",
+    "predict_table",
     "projection",
     "quantize",
     "save_weights",

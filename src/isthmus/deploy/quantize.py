@@ -155,7 +155,7 @@ def quantized(
     errors: dict[str, float] = {}
     for turn in range(TRIES):
         if turn == 1:
-            say(f"int8: {told[-1]}; looking for the layers that cost it")
+            say("looking for the layers that cost it")
             errors = ranked(original, whole, images[:RANKED])
         if errors:
             allowed = sum(errors.values()) / LESS**turn
@@ -173,12 +173,10 @@ def quantized(
         judged = judge(run, wanted)
         tried.append(judged)
         told.append(f"{judged}" + (f" with {len(higher)} of {len(names)} layers in higher precision" if higher else ""))
-        if turn:
-            say(f"int8: {told[-1]}")
+        say(f"int8: {told[-1]}")
         if judged.within(limits):
             low = replace(low, judged=judged, logits=run(few))
             write(place, low)
-            say(str(low))
             return low
     fault = listed(f"{names[each]} ({errors[each] / sum(errors.values()):.0%})" for each in errors)
     raise PrecisionError(
