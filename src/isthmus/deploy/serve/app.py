@@ -88,7 +88,7 @@ def image_of(content: bytes, record: Preprocess, max_pixels: int) -> Pixels:
     """What the network sees of an encoded picture; raises PictureError before a bomb is unpacked."""
     count = pixel_count(content)
     if count is not None and count > max_pixels:
-        raise PictureError(413, f"the picture has more than {max_pixels:,} pixels; send a smaller one")
+        raise PictureError(413, f"the upload has more than {max_pixels:,} pixels; send a smaller one")
     try:
         return centred(decode(content, record.channels, "the upload"), record)
     except DataError as error:
@@ -120,7 +120,7 @@ def application(
     metrics = Metrics()
     batcher = Batcher(engine, bounds.engine_seconds, metrics, say)
     decoders = ThreadPoolExecutor(DECODERS, "decode")
-    page, policy = page_and_policy()
+    page, policy = page_and_policy(bounds)
 
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -204,9 +204,10 @@ def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": Failure, "description": REASONS[status]} for status in statuses}
 
 
-def page_and_policy() -> tuple[str, dict[str, str]]:
+def page_and_policy(bounds: Bounds) -> tuple[str, dict[str, str]]:
     """The page, and headers by which a browser runs its own script alone and asks nobody else."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    page = page.replace("MAX_BYTES", str(bounds.max_bytes))
     hashes = {}
     for tag in ("style", "script"):
         (inside,) = re.findall(f"<{tag}>(.*?)</{tag}>", page, re.DOTALL)

@@ -80,12 +80,12 @@ class Batcher:
 
     async def gathered(self) -> list[tuple[Pixels, "asyncio.Future[Logits]"]]:
         """The next batch, of those that are still waited for; raises EOFError when the engine ends before it comes."""
-        while not self.waiting:
-            if not self.engine.alive:
-                raise EOFError
+        while self.engine.alive and not self.waiting:
             self.came.clear()
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.came.wait(), WATCHED)
+        if not self.engine.alive:
+            raise EOFError
         if len(self.waiting) < BATCH:
             await asyncio.sleep(WINDOW)
         every = [self.waiting.popleft() for _ in range(min(BATCH, len(self.waiting)))]

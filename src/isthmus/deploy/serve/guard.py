@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 __all__ = ["AGAIN", "Bounds", "Guard"]
 
 AGAIN = {"Retry-After": "1"}  # seconds
-SLOWEST = 20_000  # bytes a second, after the first `upload_seconds`
-LINGER = 1.0  # seconds in which a client may read its answer before the connection is closed
+SLOWEST = 20_000  # bytes a second of a whole upload, after the first `upload_seconds`
+LINGER = 2.0  # seconds in which a client may read its answer before the connection is closed
+UNREAD = 4  # times the bytes of the largest picture: what a client may send meanwhile
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,7 +22,8 @@ class Bounds:
     """How much a service takes: bytes and pixels of a picture, pictures at once, and seconds for each step.
 
     `queue` are the pictures that came and have no answer yet; `uploads` are coming, and may hold `held_bytes` together
-    with those of the queue. An engine that takes longer than `engine_seconds` for a batch hangs.
+    with those of the queue. An upload that pauses for `upload_seconds` is too slow, and an engine that takes longer
+    than `engine_seconds` for a batch hangs.
     """
 
     max_bytes: int = 10_000_000
@@ -81,7 +83,7 @@ class Guard:
                 self.waiting -= 1
         except RefusedError as error:
             self.free(chunks)
-            await refuse(error, self.bounds.max_bytes, receive, send)
+            await refuse(error, UNREAD * self.bounds.max_bytes, receive, send)
         finally:
             self.free(chunks)
 
@@ -106,9 +108,10 @@ class Guard:
 
     async def read(self, receive: "Receive", chunks: list[bytes]) -> bool:
         """Read a body; False where the client left. Raises RefusedError for too large, too slow, too many."""
-        begun, size, more = asyncio.get_running_loop().time(), 0, True
+        now, size, more = asyncio.get_running_loop().time, 0, True
+        begun, pause = now(), self.bounds.upload_seconds
         try:
-            async with asyncio.timeout(self.bounds.upload_seconds) as limit:
+            async with asyncio.timeout(pause) as limit:
                 while more:
                     message = await receive()
                     if message["type"] == "http.disconnect":
@@ -121,14 +124,14 @@ class Guard:
                         raise RefusedError(503, "other pictures fill the memory; try again in a moment")
                     chunks.append(chunk)
                     self.held += len(chunk)
-                    limit.reschedule(begun + self.bounds.upload_seconds + size / SLOWEST)
+                    limit.reschedule(pause + min(now(), begun + size / SLOWEST))
         except TimeoutError as error:
-            raise RefusedError(408, f"the picture came too slowly: {size:,} bytes until now") from error
+            raise RefusedError(408, f"the upload came too slowly: {size:,} bytes until now") from error
         return True
 
     def too_large(self) -> RefusedError:
         """A body over the limit."""
-        return RefusedError(413, f"the picture has more than {self.bounds.max_bytes:,} bytes; send a smaller one")
+        return RefusedError(413, f"the upload has more than {self.bounds.max_bytes:,} bytes; send a smaller one")
 
 
 def in_one_piece(body: bytes, receive: "Receive") -> "Receive":

@@ -39,9 +39,8 @@ def serve(
     """
     for library in ("fastapi", "uvicorn", "prometheus_client"):
         needed(library, "serve")
-    signal.signal(signal.SIGTERM, leave)
     with bound(host, port) as door:
-        engine = Engine(make)
+        engine, before = Engine(make), signal.signal(signal.SIGTERM, leave)
         try:
             say("preparing the engine; which one is the fastest is found out once for a network")
             try:
@@ -56,6 +55,7 @@ def serve(
             run(app, door, lambda: say(f"serving at {address}"))
         finally:
             engine.end()
+            signal.signal(signal.SIGTERM, before)
 
 
 def leave(_signal: int, _frame: FrameType | None) -> None:
