@@ -19,7 +19,7 @@ from isthmus.deploy.quantize import Quantised
 from isthmus.errors import DataError, EngineError
 from isthmus.evaluation.inference import Inference
 from isthmus.nn.network import ResNet
-from isthmus.runtime import machine
+from isthmus.runtime import keep_freed_memory, machine
 from isthmus.weights.digest import network_digest
 
 __all__ = ["FEW", "PART", "Low", "Order", "Pace", "Reader", "Tell", "answered"]
@@ -108,6 +108,7 @@ class Order:
 
     def reader(self, say: Callable[[str], object] = lambda _: None) -> Reader:
         """What predicts: torch, for few pictures and on a GPU, else the fastest engine. Raises as `Predictor` does."""
+        keep_freed_memory()
         here, engine, precision = machine(self.device), self.engine, self.precision
         on_cpu = here.torch_device.type == "cpu"
         if not on_cpu and (engine not in ("auto", "torch") or precision == "int8"):
