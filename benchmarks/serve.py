@@ -130,7 +130,7 @@ def main() -> None:
             kinds = [dice.choice(list(BAD)) if dice.random() < 0.1 else "sound" for _ in range(REQUESTS)]
             rows, _ = asyncio.run(load(address, kinds, pictures, wanted))
             after = peaks(server.pid)
-            alone, seconds = asyncio.run(load(address, ["sound"] * (REQUESTS // 2), pictures, wanted))
+            alone, seconds = asyncio.run(load(address, ["sound"] * (REQUESTS // 4), pictures, wanted))
             os.kill(server.pid, signal.SIGTERM)
             status = server.wait(60)
             drain.join()

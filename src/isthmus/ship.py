@@ -23,6 +23,7 @@ from isthmus.deploy.predict import PART, Low, Order, Pace, answered
 from isthmus.deploy.predictor import BATCH, EngineName, PrecisionName, Predictor
 from isthmus.deploy.quantize import CALIBRATION, INT8_ENGINES, Limits, Quantised, quantized
 from isthmus.deploy.serve import batcher, server
+from isthmus.deploy.serve.engine import Engine
 from isthmus.deploy.serve.guard import Bounds
 from isthmus.errors import DataError, RecipeError, RunError, SpecError
 from isthmus.nn.network import ResNet
@@ -298,20 +299,10 @@ def serve(
             raise RunError(f"int8 is calibrated on the pictures of a run, and {run} names none: take bf16 or fp32")
         engine = "openvino" if engine == "auto" else engine
         int8 = int8_of(net, Path(run), "", None, engine, Limits(), reporter.say)
-    server.serve(
-        partial(
-            Predictor,
-            net,
-            engine=engine,
-            precision=precision,
-            hint="latency",
-            batch_size=batcher.BATCH,
-            int8=int8,
-        ),
-        net.preprocess,
-        Wanted(classes=classes, top=top),
-        host=host,
-        port=port,
-        bounds=bounds or Bounds(),
-        say=reporter.say,
+    process = Engine(
+        partial(Predictor, net, engine=engine, precision=precision, hint="latency", batch_size=batcher.BATCH, int8=int8)
     )
+    record = net.preprocess
+    del net, int8  # the engine has what it needs
+    wanted, bounds = Wanted(classes=classes, top=top), bounds or Bounds()
+    server.serve(process, record, wanted, host=host, port=port, bounds=bounds, say=reporter.say)

@@ -9,7 +9,6 @@ from typing import Any
 
 from isthmus.arch.preprocess import Preprocess
 from isthmus.deploy.answers import Wanted
-from isthmus.deploy.predictor import Predictor
 from isthmus.deploy.program import needed
 from isthmus.deploy.serve.app import application
 from isthmus.deploy.serve.engine import Engine
@@ -24,7 +23,7 @@ FINISH = 20  # seconds that requests have to end in after a signal
 
 
 def serve(
-    make: Callable[[], Predictor],
+    engine: Engine,
     record: Preprocess,
     wanted: Wanted,
     *,
@@ -33,14 +32,14 @@ def serve(
     bounds: Bounds,
     say: Callable[[str], object],
 ) -> None:
-    """Answer requests until a signal comes, with the predictor that `make` gives in a process of its own.
+    """Answer requests until a signal comes, with an engine that does not run yet.
 
     Raises RunError where the port is taken, EngineError with what is wrong with the engine, MissingExtraError.
     """
     for library in ("fastapi", "uvicorn", "prometheus_client"):
         needed(library, "serve")
     with bound(host, port) as door:
-        engine, before = Engine(make), signal.signal(signal.SIGTERM, leave)
+        before = signal.signal(signal.SIGTERM, leave)
         try:
             say("preparing the engine; which one is the fastest is found out once for a network")
             try:
