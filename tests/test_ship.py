@@ -321,20 +321,27 @@ def test_parts_of_another_job_are_not_mixed_in(linear, start, pictures, tmp_path
     assert len(pd.read_csv(out)) == 24
 
 
-def test_every_kind_of_broken_picture_is_told(linear, pictures, tmp_path, small_parts):
-    files = broken(tmp_path / "broken")
+@pytest.mark.parametrize("count", [30, pytest.param(1980, marks=pytest.mark.long)])
+def test_every_kind_of_broken_picture_is_told(linear, pictures, tmp_path, small_parts, count):
+    """Twenty of them, all over so many sound ones."""
+    sources, folder = sorted(pictures.rglob("*.*g")), tmp_path / "all"
+    files = broken(folder)
     assert len(files) == 20
+    for number in range(count):
+        os.link(sources[number % len(sources)], folder / f"broken_{number % 20:02d}_{number}.jpg")  # in between
     out = tmp_path / "out.parquet"
-    made = predict_table(linear, pictures, tmp_path / "broken", out=out, batch_size=4, precision="fp32")
-    assert (made.pictures, made.unreadable, len(made.reasons)) == (44, 20, 20)
+    made = predict_table(linear, folder, out=out, batch_size=4, precision="fp32")
+    assert (made.pictures, made.unreadable, len(made.reasons)) == (count + 20, 20, 20)
     rows = pd.read_parquet(out).set_index("path")
     for kind, path in files.items():
         assert str(path) in rows["error"][str(path)], kind
         assert rows["class_1"].isna()[str(path)]
     good = rows[rows["error"].isna()]
-    assert len(good) == 24
+    assert len(good) == count
     alone = {str(row.path): row.classes[0] for row in predict(linear, pictures, batch_size=4, precision="fp32")}
-    assert good["class_1"].to_dict() == alone
+    for path, found in good["class_1"].items():
+        number = int(Path(path).stem.rpartition("_")[2])
+        assert found == alone[str(sources[number % len(sources)])]
 
 
 def test_none_that_can_be_read_is_still_a_table(linear, tmp_path):
