@@ -189,7 +189,7 @@ def test_an_index_is_kept_until_a_shard_changes(tmp_path: Path, monkeypatch):
     folder = write(tmp_path / "set")
     scans: list[Path] = []
     scan = shards.scan
-    monkeypatch.setattr(shards, "scan", lambda path, shown: (scans.append(path), scan(path, shown))[1])
+    monkeypatch.setattr(shards, "scan", lambda path, shown, **how: (scans.append(path), scan(path, shown, **how))[1])
     first, second = open_shards(str(folder)), open_shards(str(folder))
     assert len(scans) == 6
     assert first == second

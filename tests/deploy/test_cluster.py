@@ -1,5 +1,6 @@
 """Many workers write the rows that one process writes, also when one of them is killed."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ import pytest
 
 from broken_pictures import broken
 from isthmus import ship
-from isthmus.errors import RunError
 from isthmus.ship import predict_table
 from small_runs import class_folders, weights
 
@@ -61,9 +61,12 @@ def test_a_killed_worker_is_replaced(given, tmp_path):
     assert (tmp_path / "two.csv").read_bytes() == (tmp_path / "one.csv").read_bytes()
 
 
-def test_no_cluster_is_told(tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))  # where clusters of this machine would be found
+def test_no_cluster_is_told(tmp_path):
     pictures = class_folders(tmp_path / "pictures", {"flower": 2})
     net = weights(tmp_path / "net.safetensors")
-    with pytest.raises(RunError, match=r"there is no Ray cluster at auto: .*ray start"):
-        predict_table(net, pictures, out=tmp_path / "out.csv", cluster="auto")
+    command = [sys.executable, "-m", "isthmus", "predict", str(net), str(pictures), "--out", str(tmp_path / "out.csv")]
+    nowhere = os.environ | {"RAY_TMPDIR": str(tmp_path)}  # where clusters of this machine would be found
+    told = subprocess.run([*command, "--cluster", "auto"], check=False, capture_output=True, text=True, env=nowhere)
+    assert told.returncode == 2
+    assert "isthmus: there is no Ray cluster at auto: " in told.stderr
+    assert told.stderr.endswith("begin one by `ray start`\n")
