@@ -30,7 +30,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev  ## every claim about speed and accuracy; takes about three hours, on an idle machine
-	set -e; for script in plan_speed weights_load loader training_step training_memory freeze kill_resume elpv_probe elpv_time elpv_finetune engines int8_cells predict_files; do $(BIN)/python benchmarks/$$script.py; done
+	set -e; for script in plan_speed weights_load loader training_step training_memory freeze kill_resume elpv_probe elpv_time elpv_finetune engines int8_cells predict_files serve; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf $(VENV) runs
