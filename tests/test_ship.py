@@ -416,6 +416,7 @@ def test_bad_requests_for_predictions(linear, pictures, gallery, tmp_path):
         predict(linear, pictures, engine="openvino", precision="fp16")
     with pytest.raises(RecipeError, match="device 'tpu' is not available here"):
         predict(linear, pictures, device="tpu")
+    assert not list(tmp_path.glob("*.parts"))
     headless = weights(tmp_path / "headless.safetensors", network(replace(SPEC, num_classes=0)))
     with pytest.raises(RecipeError, match="has no classifier"):
         predict(headless, pictures)

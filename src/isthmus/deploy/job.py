@@ -45,6 +45,8 @@ class Job:
         try:
             yield
         finally:
+            if not (self.folder / ABOUT).exists():  # nothing was begun, or all is done
+                shutil.rmtree(self.folder, ignore_errors=True)
             lock.release()
 
     @property
@@ -87,7 +89,7 @@ class Job:
         """The whole file, in one step, and no parts any more."""
         parts = [self.part(number) for number in range(self.parts)]
         atomic_write(self.out, lambda temporary: self.file.join(parts, temporary))
-        shutil.rmtree(self.folder)
+        (self.folder / ABOUT).unlink()  # without which parts count for nothing
 
     def write(self, path: Path, content: bytes) -> None:
         """Write in one step."""

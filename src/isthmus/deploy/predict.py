@@ -138,6 +138,7 @@ class Order:
             "pictures": names.hexdigest(),
             "told": [self.wanted.what, self.wanted.top, self.wanted.stage],
             "reader": list(reader.kind),
+            "int8": hashlib.sha256(self.int8.onnx).hexdigest() if self.int8 else "",
             "batch_size": self.batch_size,
         }
 
