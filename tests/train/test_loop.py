@@ -1,6 +1,5 @@
 """The loop: stopped and gone on with it gives the bits of not stopping; what is frozen stays; what fails says why."""
 
-import _thread
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -87,7 +86,7 @@ class Stops(Reporter):
         assert 0 < done <= total
         self.left -= task == "train"
         if self.left == 0:
-            _thread.interrupt_main(self.number)  # as Python itself hands a signal on, past what libraries did to it
+            signal.raise_signal(self.number)
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ import copy
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -196,7 +197,10 @@ class OpenVINO:
                 model = self.core.read_model(self.file)
                 if fixed:
                     model.reshape(list(self.shape))
-                self.compiled[fixed] = self.core.compile_model(model, "CPU", self.wanted)
+                # On a thread of its own: the plugin gives the one that compiles an alternate signal stack, and may free
+                # it there, so that the next Ctrl-C on the main thread would end the process.
+                with ThreadPoolExecutor(1) as aside:
+                    self.compiled[fixed] = aside.submit(self.core.compile_model, model, "CPU", self.wanted).result()
             return self.compiled[fixed]
 
     def request(self, *, fixed: bool) -> Any:
