@@ -21,8 +21,9 @@ from PIL import Image
 import isthmus
 from broken_pictures import broken
 from isthmus import ship
+from isthmus.data import loader
 from isthmus.data.decode import decode
-from isthmus.data.transform import evaluation_transform, normalise
+from isthmus.data.transform import centred, evaluation_transform, normalise
 from isthmus.deploy import predict as pipeline
 from isthmus.deploy import predictor
 from isthmus.deploy import quantize as int8
@@ -105,6 +106,20 @@ def test_unreadable_pictures_are_told_and_the_rest_goes_on(linear, gallery):
             assert row.probabilities[0] >= row.probabilities[1]
     assert rows["palette.png"].classes == rows["plain.png"].classes
     assert recorder.steps[-1] == ("predicting", 9, 9)
+
+
+def test_pictures_are_resized_exactly_where_precision_shows_it(linear, gallery, monkeypatch):
+    asked = []
+
+    def spy(pixels: object, record: object, *, exact: bool) -> object:
+        asked.append(exact)
+        return centred(pixels, record, exact=exact)
+
+    monkeypatch.setattr(loader, "centred", spy)
+    for precision, exact in (("fp32", True), ("bf16", False)):
+        asked.clear()
+        predict(linear, gallery, precision=precision)
+        assert set(asked) == {exact}
 
 
 def test_rows_come_in_the_order_asked_for(linear, pictures, gallery):

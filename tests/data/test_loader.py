@@ -19,7 +19,7 @@ from isthmus.data.loader import Batch, Loader
 from isthmus.data.order import permutation, sample_generator
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import list_pictures
-from isthmus.data.transform import evaluation_transform
+from isthmus.data.transform import centred, evaluation_transform
 from isthmus.errors import DataError
 from small_runs import paths
 
@@ -64,6 +64,14 @@ def test_evaluation_sees_every_picture_once_in_order(pictures):
     for batch in batches:
         for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
             assert torch.equal(image, transform(decode(pictures.name(index))))
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_evaluation_resizes_exactly_or_fast(pictures, exact):
+    for batch in evaluating(pictures, exact=exact).epoch(0):
+        for image, index in zip(batch.images, batch.indices.tolist(), strict=True):
+            wanted = centred(decode(pictures.name(index)), RECORD, exact=exact)
+            assert np.array_equal(image.permute(1, 2, 0), wanted)
 
 
 def test_batches_are_uint8_channels_last(pictures):

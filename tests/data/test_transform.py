@@ -10,7 +10,7 @@ from torchvision.transforms._presets import ImageClassification
 
 from isthmus.arch.preprocess import IMAGENET, Preprocess
 from isthmus.data.decode import decode
-from isthmus.data.transform import cut_out, evaluation_transform, mirrored, normalise
+from isthmus.data.transform import centred, cut_out, evaluation_transform, mirrored, normalise
 from isthmus.errors import DataError
 
 V2 = Preprocess(resize=232)
@@ -61,6 +61,20 @@ def test_a_sliver_does_not_become_a_giant():
     pixels = evaluation_transform(IMAGENET)(np.asarray(sliver))
     assert pixels.shape == (3, 224, 224)
     assert pixels.unique().tolist() == [7, 8, 9]
+
+
+@pytest.mark.parametrize("record", [IMAGENET, V2, Preprocess(resize=200, crop=200, squash=True)], ids=str)
+@pytest.mark.parametrize("channels", ["RGB", "L"])
+def test_the_fast_way_is_the_exact_one_to_a_grey_level(record, channels, photos):
+    levels = []
+    for path in photos:
+        pixels = decode(path, channels)
+        exact = centred(pixels, record).astype(int)
+        fast = centred(pixels, record, exact=False)
+        assert fast.shape == exact.shape
+        levels.append(np.abs(exact - fast).ravel())
+    assert 0 < (np.concatenate(levels) > 0).mean() < 0.02
+    assert np.concatenate(levels).max() == 1
 
 
 def test_one_channel_network(photos):

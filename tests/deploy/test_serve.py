@@ -29,6 +29,8 @@ from isthmus.data.decode import decode, pixel_count
 from isthmus.data.loader import Batch
 from isthmus.data.transform import centred
 from isthmus.deploy.predictor import Predictor
+from isthmus.deploy.serve.server import bound
+from isthmus.deploy.serve.server import run as run_server
 from isthmus.errors import IsthmusError, RecipeError, RunError
 from isthmus.ship import serve
 from services import Service, alive, peak, service, until
@@ -410,6 +412,19 @@ def test_what_cannot_be_served_is_told_before_an_engine_starts(run, cache, tmp_p
     assert (found.returncode, found.stdout) == (2, "")
     assert found.stderr.startswith(message)
     assert len(found.stderr.splitlines()) == 1
+
+
+def test_the_second_of_two_services_that_start_together_is_told():
+    """Both have the port until the first one listens."""
+
+    async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+
+    with bound("127.0.0.1", 0) as first, bound("127.0.0.1", first.getsockname()[1]) as second:
+        first.listen()
+        with pytest.raises(RunError, match="Address already in use; choose another"):
+            run_server(app, second, lambda: None)
 
 
 # --- all of it at once

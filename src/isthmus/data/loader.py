@@ -75,7 +75,8 @@ class Loader:
     often; it augments, and drops the last partial step (unless it is the only one), so that every rank has the same
     steps and parts of the same sizes. Evaluation has every picture once over all ranks, in order. `size` is the side
     of the images in pixels (0: the record's crop). Pictures come from `resized` where it is given. `threads` decode
-    (0: one a core); they beat processes, which must copy what they decode.
+    (0: one a core); they beat processes, which must copy what they decode. Without `exact`, evaluation resizes as fast
+    as training does.
 
     An unreadable picture raises DataError naming it. With on_error="skip", `unreadable` keeps its index and reason,
     and evaluation leaves it out (a batch without any is not yielded), while training takes the next readable one in
@@ -89,6 +90,7 @@ class Loader:
     augment: Augment | None = None
     resized: Resized | None = None
     size: int = 0
+    exact: bool = True
     balanced: bool = False
     seed: int = 0
     threads: int = 0
@@ -215,7 +217,7 @@ class Loader:
                 reasons[index] = str(error)
                 continue
             if self.augment is None:
-                row[...] = centred(pixels, record)
+                row[...] = centred(pixels, record, exact=self.exact)
             else:
                 random = sample_generator(self.seed, epoch, index, copy)
                 row[...] = augmented(pixels, self.augment, record, random).permute(1, 2, 0).numpy()

@@ -152,7 +152,15 @@ def answered(order: Order, reader: Reader, parts: Sequence[int], pace: Pace, tel
     if not parts:
         return
     chosen = order.pictures.subset(np.concatenate([order.places(part) for part in parts]))
-    loader = Loader(pictures=chosen, record=reader.record, batch_size=order.batch_size, train=False, on_error="skip")
+    exact = reader.kind[1] == "fp32"  # lower precisions lose more than one grey level in a value of a hundred
+    loader = Loader(
+        pictures=chosen,
+        record=reader.record,
+        batch_size=order.batch_size,
+        train=False,
+        exact=exact,
+        on_error="skip",
+    )
     found: list[Tensor] = []
     ends = np.cumsum([len(order.places(part)) for part in parts]).tolist()
     begin = done = 0

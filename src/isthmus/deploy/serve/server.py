@@ -70,13 +70,18 @@ def bound(host: str, port: int) -> socket.socket:
         door.bind((host, port))
     except (OSError, OverflowError) as error:
         door.close()
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise RunError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port") from error
+        raise cannot_listen(host, port, error) from error
     return door
 
 
+def cannot_listen(host: str, port: int, error: Exception) -> RunError:
+    """What to say of an address that cannot be had."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return RunError(f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port")
+
+
 def run(app: Any, door: socket.socket, opened: Callable[[], object]) -> None:
-    """Serve an application; `opened` is called when the first request may come."""
+    """Serve an application; `opened` is called when the first request may come. Raises RunError."""
     import uvicorn
 
     config = uvicorn.Config(
@@ -97,4 +102,8 @@ def run(app: Any, door: socket.socket, opened: Callable[[], object]) -> None:
             await super().startup(sockets)
             opened()
 
-    Server(config).run([door])
+    host, port, *_ = door.getsockname()
+    try:
+        Server(config).run([door])
+    except OSError as error:  # another service that started at the same time was sooner ready
+        raise cannot_listen(host, port, error) from error
