@@ -25,10 +25,12 @@ from PIL import Image
 
 import isthmus
 from broken_pictures import broken, encoded, png
+from isthmus.arch.preprocess import IMAGENET
 from isthmus.data.decode import decode, pixel_count
 from isthmus.data.loader import Batch
 from isthmus.data.transform import centred
 from isthmus.deploy.predictor import Predictor
+from isthmus.deploy.serve.app import image_of
 from isthmus.deploy.serve.server import bound
 from isthmus.deploy.serve.server import run as run_server
 from isthmus.errors import IsthmusError, RecipeError, RunError
@@ -111,6 +113,13 @@ def test_pixels_are_counted_by_the_header(pictures, tmp_path):
     assert pixel_count(png(8000, 7000)) == 56_000_000
     assert pixel_count(png(60_000, 60_000)) > 2 * Image.MAX_IMAGE_PIXELS
     assert pixel_count(b"this is no picture") is None
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_pictures_are_resized_as_predict_does(pictures, exact):
+    for picture in pictures[:3]:
+        found = image_of(picture.read_bytes(), IMAGENET, 10**8, exact=exact)
+        assert np.array_equal(found, centred(decode(picture), IMAGENET, exact=exact))
 
 
 def test_predictions_are_those_of_predict(server, pictures, wanted):

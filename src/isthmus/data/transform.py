@@ -13,7 +13,17 @@ from isthmus.arch.preprocess import Interpolation, Preprocess
 from isthmus.data.decode import Pixels, pixels_of
 from isthmus.errors import DataError
 
-__all__ = ["Box", "centred", "channels_first", "cut_out", "evaluation_transform", "mirrored", "normalise", "resample"]
+__all__ = [
+    "Box",
+    "centred",
+    "channels_first",
+    "cut_out",
+    "evaluation_transform",
+    "mirrored",
+    "normalise",
+    "resample",
+    "shows_grey_levels",
+]
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels of the picture."""
@@ -45,6 +55,11 @@ def centred(pixels: Pixels, record: Preprocess, *, exact: bool = True) -> Pixels
         whole = resample(pixels, (0, 0, width, height), size, record.interpolation)
     top, left = (round((side - record.crop) / 2) for side in size)
     return whole[top : top + record.crop, left : left + record.crop]
+
+
+def shows_grey_levels(precision: str) -> bool:
+    """Whether a network in a precision is worth exact pixels: below fp32 it loses more than a level in a hundred."""
+    return precision == "fp32"
 
 
 def cut_out(pixels: Pixels, box: Box, record: Preprocess) -> Pixels:

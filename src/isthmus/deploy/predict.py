@@ -13,6 +13,7 @@ from torch import Tensor
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.loader import Batch, Loader
 from isthmus.data.pictures import Pictures
+from isthmus.data.transform import shows_grey_levels
 from isthmus.deploy.answers import Answers, Wanted
 from isthmus.deploy.predictor import EngineName, PrecisionName, Predictor
 from isthmus.deploy.quantize import Quantised
@@ -152,13 +153,12 @@ def answered(order: Order, reader: Reader, parts: Sequence[int], pace: Pace, tel
     if not parts:
         return
     chosen = order.pictures.subset(np.concatenate([order.places(part) for part in parts]))
-    exact = reader.kind[1] == "fp32"  # lower precisions lose more than one grey level in a value of a hundred
     loader = Loader(
         pictures=chosen,
         record=reader.record,
         batch_size=order.batch_size,
         train=False,
-        exact=exact,
+        exact=shows_grey_levels(reader.kind[1]),
         on_error="skip",
     )
     found: list[Tensor] = []

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -84,13 +85,13 @@ class PictureError(Exception):
         self.status = status
 
 
-def image_of(content: bytes, record: Preprocess, max_pixels: int) -> Pixels:
+def image_of(content: bytes, record: Preprocess, max_pixels: int, *, exact: bool) -> Pixels:
     """What the network sees of an encoded picture; raises PictureError before a bomb is unpacked."""
     count = pixel_count(content)
     if count is not None and count > max_pixels:
         raise PictureError(413, f"the upload has more than {max_pixels:,} pixels; send a smaller one")
     try:
-        return centred(decode(content, record.channels, "the upload"), record)
+        return centred(decode(content, record.channels, "the upload"), record, exact=exact)
     except DataError as error:
         raise PictureError(415 if count is None else 422, str(error)) from error
 
@@ -107,9 +108,12 @@ async def content_of(request: "Request") -> bytes:
 
 
 def application(
-    engine: Engine, record: Preprocess, wanted: Wanted, bounds: Bounds, say: Callable[[str], object]
+    engine: Engine, record: Preprocess, wanted: Wanted, bounds: Bounds, say: Callable[[str], object], *, exact: bool
 ) -> "FastAPI":
-    """The service of an engine that runs; `say` hears when it is lost. Raises MissingExtraError."""
+    """The service of an engine that runs; `say` hears when it is lost. Pictures are resized as `centred` says.
+
+    Raises MissingExtraError.
+    """
     needed("fastapi", "serve")
     needed("python_multipart", "serve")
     from fastapi import FastAPI, Query, Request, Response
@@ -120,6 +124,7 @@ def application(
     metrics = Metrics()
     batcher = Batcher(engine, bounds.engine_seconds, metrics, say)
     decoders = ThreadPoolExecutor(DECODERS, "decode")
+    prepared = partial(image_of, record=record, max_pixels=bounds.max_pixels, exact=exact)
     page, policy = page_and_policy(bounds)
 
     @asynccontextmanager
@@ -148,7 +153,7 @@ def application(
         content = await content_of(request)
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(bounds.answer_seconds):
-            image = await loop.run_in_executor(decoders, image_of, content, record, bounds.max_pixels)
+            image = await loop.run_in_executor(decoders, prepared, content)
             logits = await batcher.logits(image)
         metrics.pictures.inc()
         (best,) = Wanted(classes=wanted.classes, top=top).best(torch.from_numpy(logits)[None])

@@ -8,6 +8,7 @@ from types import FrameType
 from typing import Any
 
 from isthmus.arch.preprocess import Preprocess
+from isthmus.data.transform import shows_grey_levels
 from isthmus.deploy.answers import Wanted
 from isthmus.deploy.program import needed
 from isthmus.deploy.serve.app import application
@@ -43,10 +44,12 @@ def serve(
         try:
             say("preparing the engine; which one is the fastest is found out once for a network")
             try:
-                say(str(engine.start()))
+                choice = engine.start()
             except EOFError as error:
                 raise EngineError("the engine's process ended while it started; what it said is above") from error
-            app = application(engine, record, wanted, bounds, say)
+            say(str(choice))
+            exact = shows_grey_levels(choice.rows[0].precision)
+            app = application(engine, record, wanted, bounds, say, exact=exact)
             name = f"[{host}]" if ":" in host else host
             address = f"http://{name}:{door.getsockname()[1]}"
             limits = f"{bounds.max_bytes:,} bytes and {bounds.max_pixels:,} pixels a picture, {bounds.queue} at once"
