@@ -171,8 +171,9 @@ class Predictor:
             for batch in batches:
                 busy.append(batch)
                 for view in views(batch.images, self.record.views):
-                    whole = torch.zeros(self.batch_size, *view.shape[1:])
+                    whole = torch.empty(self.batch_size, *view.shape[1:])  # zeros would cost more than normalising
                     normalise(view, self.record, whole[: len(view)])
+                    whole[len(view) :] = 0
                     yield whole.numpy()
 
         found = self.opened.many(images())
