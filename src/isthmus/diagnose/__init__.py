@@ -1,0 +1,1 @@
+"""What ails a network, measured on real pictures."""
