@@ -34,6 +34,7 @@ PINNED = [
     "export",
     "shards",
     "bench data",
+    "bench machine",
     *(f"weights {name}" for name in WEIGHTS),
 ]
 
@@ -64,7 +65,7 @@ def options(command: str) -> dict[str, dict[str, object]]:
 def test_commands():
     assert [name for name in app if not name.startswith("-")] == COMMANDS
     assert [name for name in app["weights"] if not name.startswith("-")] == WEIGHTS
-    assert [name for name in app["bench"] if not name.startswith("-")] == ["data"]
+    assert [name for name in app["bench"] if not name.startswith("-")] == ["data", "machine"]
 
 
 def test_options(golden):

@@ -9,7 +9,7 @@ from cyclopts import Parameter
 from isthmus.cli.options import Device, Json
 from isthmus.report.tables import console, print_report, print_table, size
 
-__all__ = ["data", "engines"]
+__all__ = ["data", "engines", "limits"]
 
 INT8_TIMED = (
     "int8 was calibrated on made-up pictures: its speed counts; `isthmus export RUN FILE --precision int8` measures "
@@ -185,3 +185,38 @@ def engines(
     )
     notes += [str(row) for choice in found.values() for row in choice.rows if row.refused]
     print_report("\n".join(dict.fromkeys(notes)))
+
+
+def limits(*, as_json: Json = False) -> None:
+    """Measure what this machine does at most, and keep it for `isthmus plan --roofline`: arithmetic and memory."""
+    from isthmus import records
+    from isthmus.arch.roofline import ITEM
+    from isthmus.deploy.limits import measured_limits
+    from isthmus.report.terminal import TerminalReporter
+
+    with TerminalReporter() as reporter:
+        reporter.say("measuring arithmetic and memory with all threads")
+        found = measured_limits(say=reporter.say)
+    if as_json:
+        print(json.dumps(records.to_dict(found), indent=2))  # noqa: T201
+        return
+    rates = {precision: getattr(found, precision) for precision in ITEM}
+    print_table(
+        f"{found.machine}, {found.threads} threads",
+        ("precision", "GOP/s"),
+        ((precision, f"{rate / 1e9:.0f}" if rate else "–") for precision, rate in rates.items()),
+    )
+    print_table(
+        "",
+        ("working set", "GB/s"),
+        ((binary(each.size), f"{each.rate / 1e9:.1f}") for each in found.bandwidth),
+    )
+    print_report(
+        "GOP/s: of a 3×3 convolution that fits the cache; a multiplication and an addition are two operations.\n"
+        "GB/s: read and written by all threads that go over so much memory again and again."
+    )
+
+
+def binary(size: int) -> str:
+    """Bytes in KiB or MiB."""
+    return f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB"

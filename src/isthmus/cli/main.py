@@ -16,7 +16,10 @@ app = App(
 )
 weights = App(name="weights", help="Weight files: look inside, write under other names, prove and find them.")
 app.command(weights)
-bench = App(name="bench", help="How fast this machine is: with a network in each engine, or, by `data`, in training.")
+bench = App(
+    name="bench",
+    help="How fast this machine is: with a network in each engine, in training (`data`), at most (`machine`).",
+)
 app.command(bench)
 # What a command does is said here too, so that `isthmus --help` imports none of them; a test holds the two together.
 COMMANDS = (
@@ -68,6 +71,12 @@ COMMANDS = (
         "data",
         "bench:data",
         "Show how many pictures a second the loader and the training step do alone, and which one binds.",
+    ),
+    (
+        bench,
+        "machine",
+        "bench:limits",
+        "Measure what this machine does at most, and keep it for `isthmus plan --roofline`: arithmetic and memory.",
     ),
     (
         app,

@@ -1,19 +1,20 @@
-"""Commands about the network on paper; none of them loads torch."""
+"""Commands about the network on paper; none of them loads torch, but for a roofline that must measure first."""
 
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from isthmus import records
 from isthmus.arch.cost import By, Cost, Row, cost
 from isthmus.arch.economics import StageEconomics, economics
-from isthmus.arch.memory import Memory, Optimizer, Precision, TrainingMemory, training_memory
+from isthmus.arch.memory import Memory, Optimizer, TrainingMemory, training_memory
 from isthmus.arch.plan import plan as make_plan
 from isthmus.arch.spec import NetSpec
 from isthmus.arch.variants import variant, variants
 from isthmus.cli.options import Json, Settings
-from isthmus.errors import SpecError
+from isthmus.cli.roofline import print_roofline, roofline_document, roofline_of, save_roofline
+from isthmus.errors import RunError, SpecError
 from isthmus.report.tables import console, count, print_table, size
 
 __all__ = ["models", "plan"]
@@ -72,11 +73,14 @@ def plan(
     settings: Settings = (),
     by: By = "stage",
     train: bool = False,
-    batch: int = 32,
+    batch: int | None = None,
     memory: Memory = "plain",
-    precision: Precision = "fp32",
+    precision: Literal["fp32", "bf16", "fp16", "int8"] = "fp32",
     optimizer: Optimizer = "sgd",
     ema: bool = False,
+    roofline: bool = False,
+    measure: bool = False,
+    figure: Path | None = None,
     as_json: Json = False,
 ) -> None:
     """Show what a network costs and whether its strip pays, before a line of torch runs.
@@ -100,15 +104,21 @@ def plan(
     train
         Show the bytes that training holds; the next five say how it is trained.
     batch
-        Pictures that a process holds at once.
+        Pictures at once: in training 32 unless given, for a roofline 1.
     memory
         What waits for backward: all (plain), each block's input (checkpoint), or what is dear to run again (recompute).
     precision
-        Of the maps, as under autocast.
+        Of the maps: in training fp32, bf16 or fp16, as under autocast; for a roofline fp32, bf16 or int8.
     optimizer
         Whose state is held; sgd with momentum.
     ema
         Whether an average of the weights is held.
+    roofline
+        Show the least time of each row on this machine, whose limits are measured once.
+    measure
+        Beside it, the time of each row in the fastest engine here.
+    figure
+        A file, .svg or .png, for a figure of what was measured.
     """
     spec = NetSpec.from_file(Path(network)) if network.endswith(".toml") else variant(network)
     spec = records.override(spec, settings)
@@ -121,12 +131,24 @@ def plan(
         spec = spec.with_output_stride(output_stride)
     laid_out = make_plan(spec, chosen_image_size(spec, image_size))
     found, strips = cost(laid_out), economics(laid_out)
-    rows = found.by(by)
-    held = (
-        training_memory(laid_out, batch=batch, precision=precision, memory=memory, optimizer=optimizer, ema=ema)
-        if train
-        else None
-    )
+    rows, held, roofs = found.by(by), None, None
+    pictures = 32 if batch is None else batch
+    if train:
+        if precision == "int8":
+            raise SpecError("training holds no int8: give --precision fp32, bf16 or fp16")
+        held = training_memory(
+            laid_out, batch=pictures, precision=precision, memory=memory, optimizer=optimizer, ema=ema
+        )
+    if figure and not measure:
+        raise RunError("a figure shows what was measured: give --measure too")
+    if figure and figure.suffix.lower() not in (".svg", ".png"):
+        raise RunError(f"{figure} is no name for a figure; it must end in .svg or .png")
+    if roofline or measure:
+        if precision == "fp16":
+            raise SpecError("engines for CPUs do not multiply fp16: give --precision fp32, bf16 or int8")
+        roofs = roofline_of(laid_out, precision, 1 if batch is None else batch, measure=measure)
+        if figure:
+            save_roofline(roofs, figure)
     if as_json:
         document = {
             "name": spec.name,
@@ -135,6 +157,7 @@ def plan(
             "rows": [row_values(row) for row in rows],
             "economics": [strip._asdict() for strip in strips],
             **({"training_bytes": {**records.to_dict(held), "total": held.total}} if held else {}),
+            **({"roofline": roofline_document(roofs, by)} if roofs else {}),
             "spec": records.to_dict(spec),
         }
         print(json.dumps(document, indent=2))  # noqa: T201
@@ -142,7 +165,9 @@ def plan(
     print_plan(spec.name or network, found, by, rows)
     print_economics(strips)
     if held:
-        print_training(held, f"{batch} pictures, {precision}, memory {memory}")
+        print_training(held, f"{pictures} pictures, {precision}, memory {memory}")
+    if roofs:
+        print_roofline(roofs, by)
 
 
 def totals(found: Cost) -> dict[str, Any]:

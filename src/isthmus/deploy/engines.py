@@ -119,10 +119,15 @@ def native_bf16() -> bool:
 
 
 def open_torch(model: Model, precision: EnginePrecision, work: Work) -> Run:
-    """Our fast form, eager: convolutions fused by oneDNN with what follows them."""
+    """Our fast form, eager."""
+    return of_torch(fused(model, precision), work)
+
+
+def fused(model: Model, precision: EnginePrecision) -> TrunkAndHead:
+    """Our fast form as a module: convolutions fused by oneDNN with what follows them."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     trunk = fast_form(model.net, model.net.spec.head.taps, CPU, dtype)
-    return of_torch(TrunkAndHead(trunk, model.form.fc, dtype), work)
+    return TrunkAndHead(trunk, model.form.fc, dtype)
 
 
 def open_inductor(model: Model, precision: EnginePrecision, work: Work) -> Run:
@@ -164,10 +169,12 @@ def onnxruntime(file: bytes | Path, _precision: EnginePrecision = "fp32", work: 
     return lambda batch: session.run(None, {entry.name: np.ascontiguousarray(batch)})[0]
 
 
-def openvino(file: bytes | Path, precision: EnginePrecision = "fp32", work: Work | None = None) -> Run:
+def openvino(
+    file: bytes | Path, precision: EnginePrecision = "fp32", work: Work | None = None, *, profiled: bool = False
+) -> "OpenVINO":
     """OpenVINO on the CPU; what int8 leaves over in bf16 where the CPU has it. With all cores where `work` is None."""
     low = precision != "fp32" and native_bf16()
-    wanted: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32"}
+    wanted: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "bf16" if low else "f32", "PERF_COUNT": profiled}
     if work:
         wanted |= {
             "PERFORMANCE_HINT": "LATENCY" if work.jobs == 1 else "THROUGHPUT",

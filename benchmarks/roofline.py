@@ -1,0 +1,190 @@
+"""Claim: a floor of `isthmus plan --roofline` is one, most convolutions come near theirs, and floors rank networks.
+
+Three networks at batches of 1 and 16 in fp32 and bf16, each layer's floor beside its time by OpenVINO's own counters
+(the engine that `Predictor` chooses here), the median of rounds in turn. And twelve networks whose multiply-adds lie
+within 15 % of ResNet-50's, ranked by their floors before any of them runs, and by multiply-adds alone, against their
+latency.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+from scipy.stats import spearmanr
+
+import isthmus
+from isthmus.arch.cost import cost
+from isthmus.arch.plan import plan
+from isthmus.arch.roofline import Floor, LayerTime, Limits, roofline
+from isthmus.arch.spec import NetSpec
+from isthmus.arch.variants import variant
+from isthmus.deploy.engines import ENGINES, Model, Work
+from isthmus.deploy.limits import measured_limits
+from isthmus.deploy.profile import layer_times, profile
+from measure import interleaved, spread, write_result
+
+NETWORKS = ("resnet50", "resnext50_32x4d", "resnet50d")
+WAYS = [(batch, precision) for batch in (1, 16) for precision in ("fp32", "bf16")]
+NEAR = 3.0  # times its floor
+ENGINE = "openvino"
+WITHIN = 0.15
+PAUSE = 0.05
+
+
+def own(name: str, *, depths: tuple[int, ...] = (3, 4, 6, 3), mid: int = 64, out: int = 256) -> NetSpec:
+    """ResNet-50 with other depths, strips and lands; `mid` and `out` are those of the first stage."""
+    base = variant("resnet50")
+    stages = tuple(
+        replace(stage, depth=depth, mid=mid << place, out=out << place)
+        for place, (stage, depth) in enumerate(zip(base.stages, depths, strict=True))
+    )
+    return replace(base, name=name, stages=stages)
+
+
+RANKED = (
+    *map(
+        variant,
+        (
+            "resnet34",
+            "resnet50",
+            "resnet50d",
+            "resnet50_gn",
+            "resnext50_32x4d",
+            "seresnet50",
+            "resnetv2_50",
+        ),
+    ),
+    own("lands twice as wide", mid=40, out=512),
+    own("lands half as wide", mid=80, out=128),
+    own("half as wide, deep", depths=(12, 16, 24, 12), mid=32, out=128),
+    own("most blocks early", depths=(8, 5, 2, 1)),
+    own("wide, shallow", depths=(1, 2, 3, 1), mid=96, out=384),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="profiles of each network, batch and precision")
+    parser.add_argument("--runs", type=int, default=10, help="latencies of each of the twelve networks")
+    parser.add_argument("--trial", action="store_true", help="the first network and batch 1 alone, no result file")
+    arguments = parser.parse_args()
+    limits = measured_limits()
+    names, ways = (NETWORKS[:1], WAYS[:2]) if arguments.trial else (NETWORKS, WAYS)
+    rows = [row for name in names for row in layers(name, ways, arguments.rounds, limits)]
+    ranked = [ranking(*way, arguments.runs, limits) for way in ways if way != (16, "fp32")]
+    summary = {
+        "layers that took less than their floor": f"{sum(row['below floor'] for row in rows)} of "
+        f"{sum(row['layers'] for row in rows)}; target none",
+        "convolution time within three times its floor, the least of all cases": f"{least(rows):.0%}; target >= 70 %",
+        **{
+            f"rank correlation with latency, b{each['batch']} {each['precision']}": f"floors {each['floors']:.2f}, "
+            f"multiply-adds {each['MACs']:.2f}; target: floors above"
+            for each in ranked
+        },
+        "limits, GOP/s": {
+            name: round(rate / 1e9) for name in ("fp32", "bf16", "int8") if (rate := getattr(limits, name))
+        },
+        "limits, GB/s": {f"{each.size >> 10} KiB": round(each.rate / 1e9, 1) for each in limits.bandwidth},
+        "latencies": [each["rows"] for each in ranked],
+    }
+    if arguments.trial:
+        print(summary)
+        return
+    write_result("roofline", __doc__, summary, rows)
+
+
+def least(rows: list[dict]) -> float:
+    """The least part of the convolutions' time."""
+    return min(row["conv time near floor"] for row in rows)
+
+
+def layers(name: str, ways: list[tuple[int, str]], rounds: int, limits: Limits) -> list[dict]:
+    """Floors beside times of one network."""
+    model = Model(isthmus.create(name).eval())
+    times: dict[tuple[int, str], list[tuple[LayerTime, ...]]] = {way: [] for way in ways}
+    totals: dict[tuple[int, str], list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for batch, precision in ways:
+            floors = roofline(model.net.plan, limits, precision=precision, batch=batch)
+            found = profile(model, ENGINE, precision=precision, batch=batch)
+            times[batch, precision].append(layer_times(found, floors))
+            totals[batch, precision].append(found.seconds)
+    return [case(name, way, times[way], totals[way]) for way in ways]
+
+
+def case(name: str, way: tuple[int, str], rounds: list[tuple[LayerTime, ...]], totals: list[float]) -> dict:
+    """One network in one precision and batch: medians of the rounds."""
+    seconds: dict[str, list[float]] = {}
+    floors: dict[str, Floor] = {}
+    for each in (each for times in rounds for each in times):
+        seconds.setdefault(each.name, []).append(each.seconds)
+        if each.floor:
+            floors[each.name] = each.floor
+    took = {each: statistics.median(values) for each, values in seconds.items()}
+    ratio = {each: took[each] / floor.seconds for each, floor in floors.items()}
+    convs = [each for each, floor in floors.items() if floor.kind == "conv"]
+    near = sum(took[each] for each in convs if ratio[each] <= NEAR)
+    below = sorted((each for each in floors if ratio[each] < 1), key=ratio.__getitem__)
+    far = sorted(convs, key=lambda each: floors[each].seconds - took[each])[:3]
+    floor, whole = sum(each.seconds for each in floors.values()), statistics.median(totals)
+    row = {
+        "network": name,
+        "batch": way[0],
+        "precision": way[1],
+        "layers": len(floors),
+        "below floor": len(below),
+        "floor, ms": 1e3 * floor,
+        "measured, ms": spread([1e3 * each for each in totals]),
+        "floor over measured": floor / whole,
+        "conv time near floor": near / sum(took[each] for each in convs),
+        "beside the layers": 1 - sum(took[each] for each in floors) / whole,
+        "most lost, ms": {each: round(1e3 * (took[each] - floors[each].seconds), 2) for each in far},
+        "least over floor": {each: round(ratio[each], 3) for each in sorted(floors, key=ratio.__getitem__)[:3]},
+    }
+    print(row, flush=True)
+    return row
+
+
+def ranking(batch: int, precision: str, runs: int, limits: Limits) -> dict:
+    """The networks in the order of their floors, of their multiply-adds and of their latencies."""
+    middle = cost("resnet50").macs
+    plans = {spec.name: plan(spec) for spec in RANKED}
+    macs = {name: cost(each).macs for name, each in plans.items()}
+    if wrong := [name for name, each in macs.items() if abs(each / middle - 1) > WITHIN]:
+        raise ValueError(wrong)
+    floors = {  # before any of them runs
+        name: sum(floor.seconds for floor in roofline(each, limits, precision=precision, batch=batch))
+        for name, each in plans.items()
+    }
+    images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
+
+    def call(spec: NetSpec) -> Callable[[], object]:
+        run = ENGINES[ENGINE].open(Model(isthmus.create(spec).eval()), precision, Work(shape=images.shape))
+        return lambda: run(images)
+
+    times = interleaved({spec.name: call(spec) for spec in RANKED}, runs=runs, warm_up=2, pause=PAUSE)
+    medians = {name: statistics.median(each) for name, each in times.items()}
+    found = {
+        "batch": batch,
+        "precision": precision,
+        "floors": correlation(floors, medians),
+        "MACs": correlation(macs, medians),
+        "rows": {
+            name: f"{macs[name] / 1e9:.2f} GMACs, floor {1e3 * floors[name]:.1f}, measured {1e3 * medians[name]:.1f} "
+            f"ms ({1e3 * min(times[name]):.1f} to {1e3 * max(times[name]):.1f})"
+            for name in sorted(medians, key=medians.__getitem__)
+        },
+    }
+    print(found, flush=True)
+    return found
+
+
+def correlation(these: dict[str, float], those: dict[str, float]) -> float:
+    """Spearman's."""
+    return float(spearmanr([these[name] for name in those], list(those.values())).statistic)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""What `isthmus plan --roofline` shows: the floor of each layer on this machine and, when asked, its measured time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isthmus import records
+from isthmus.arch.cost import By
+from isthmus.arch.plan import Plan
+from isthmus.arch.roofline import Floor, LayerTime, Limits, Precision, merged, merged_times, roofline
+from isthmus.report.tables import console, count, print_table
+
+if TYPE_CHECKING:
+    from isthmus.deploy.profile import Profile
+
+__all__ = ["Roofline", "print_roofline", "roofline_document", "roofline_of", "save_roofline"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Roofline:
+    """Floors of a plan's layers for `batch` pictures in a precision, and the times of the fastest engine if asked."""
+
+    limits: Limits
+    precision: Precision
+    batch: int
+    floors: tuple[Floor, ...]
+    profile: "Profile | None" = None
+    times: tuple[LayerTime, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        """The least time of a batch."""
+        return sum(each.seconds for each in self.floors)
+
+
+def roofline_of(plan: Plan, precision: Precision, batch: int, *, measure: bool) -> Roofline:
+    """The roofline of a plan here; loads torch only to measure, the machine's limits (once) or the network."""
+    from isthmus.deploy.limits import limits
+    from isthmus.report.terminal import TerminalReporter
+
+    with TerminalReporter() as reporter:
+        here = limits(say=reporter.say)
+        floors = roofline(plan, here, precision=precision, batch=batch)
+        if not measure:
+            return Roofline(limits=here, precision=precision, batch=batch, floors=floors)
+        from isthmus.deploy.profile import layer_times, profiled_plan
+
+        found = profiled_plan(plan, precision=precision, batch=batch, say=reporter.say)
+    times = layer_times(found, floors)
+    return Roofline(limits=here, precision=precision, batch=batch, floors=floors, profile=found, times=times)
+
+
+def roofline_document(found: Roofline, by: By) -> dict[str, Any]:
+    """A roofline under the keys of our JSON."""
+    document: dict[str, Any] = {
+        "limits": records.to_dict(found.limits),
+        "precision": found.precision,
+        "batch": found.batch,
+        "floor_seconds": found.seconds,
+        "pictures_per_second": found.batch / found.seconds,
+    }
+    if not found.profile:
+        return document | {"rows": [floor_values(each) for each in merged(found.floors, by)]}
+    return document | {
+        "engine": found.profile.engine,
+        "measured_seconds": found.profile.seconds,
+        "measured_pictures_per_second": found.batch / found.profile.seconds,
+        "rows": [
+            (floor_values(each.floor) if each.floor else {"name": each.name, "kind": each.kind})
+            | {"measured_seconds": each.seconds, "share": each.share}
+            for each in merged_times(found.times, by)
+        ],
+    }
+
+
+def save_roofline(found: Roofline, path: Path) -> None:
+    """A figure of what was measured."""
+    from isthmus.report.drawing import save
+    from isthmus.report.roofline_figure import roofline_figure
+
+    save(roofline_figure(found.times, found.limits, found.precision), path)
+
+
+def floor_values(floor: Floor) -> dict[str, Any]:
+    """A floor under the keys of our JSON."""
+    return {
+        "name": floor.name,
+        "kind": floor.kind,
+        "operations": floor.operations,
+        "bytes": floor.bytes,
+        "intensity": floor.intensity,
+        "floor_seconds": floor.seconds,
+        "binds": floor.binds,
+    }
+
+
+def print_roofline(found: Roofline, by: By) -> None:
+    """The rows, the total and what it means in pictures a second."""
+    times, kind = merged_times(found.times, by), by == "layer"
+    lines = [line(each, kind=kind) for each in (times or merged(found.floors, by))]
+    batch = "1 picture" if found.batch == 1 else f"{found.batch} pictures"
+    print_table(
+        f"Roofline: {batch} in {found.precision}, {found.limits.threads} threads of {found.limits.machine}",
+        (
+            by,
+            *(("kind",) if kind else ()),
+            *("FLOP", "MB", "FLOP/byte", "floor ms", "binds"),
+            *(("measured ms", "of limit") if times else ()),
+        ),
+        lines,
+        note=(
+            "MB: what a layer must read and write. Floor: what takes longer, arithmetic or memory;\n"
+            "norms, activations and additions, which engines fuse into layers, count nothing."
+        ),
+    )
+    rate = found.batch / found.seconds
+    console.print(f"  floor {1e3 * found.seconds:.2f} ms: at most {rate:.1f} pictures/s", markup=False)
+    if found.profile:
+        seconds = found.profile.seconds
+        console.print(
+            f"  measured {1e3 * seconds:.2f} ms in {found.profile}: {found.batch / seconds:.1f} pictures/s, "
+            f"{found.seconds / seconds:.2f} of the limit",
+            markup=False,
+        )
+
+
+def line(row: Floor | LayerTime, *, kind: bool) -> list[str]:
+    """A row of the table."""
+    floor = row if isinstance(row, Floor) else row.floor
+    parts = [row.name, row.kind] if kind else [row.name]
+    if floor:
+        parts += [count(floor.operations), f"{floor.bytes / 1e6:.2f}", f"{floor.intensity:.1f}"]
+        parts += [f"{1e3 * floor.seconds:.3f}", floor.binds]
+    else:
+        parts += ["–"] * 5
+    if isinstance(row, LayerTime):
+        parts += [f"{1e3 * row.seconds:.3f}", "–" if row.share is None else f"{row.share:.2f}"]
+    return parts

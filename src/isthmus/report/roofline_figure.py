@@ -1,0 +1,114 @@
+"""The roofline of a network: how fast its layers run beside what the machine allows, and where the time goes."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from isthmus.arch.roofline import LayerTime, Limits, Precision, merged_times
+from isthmus.report.drawing import BLUE, GRID, INK, MARKERS, MUTED, ORANGE, SERIES, chart, styled
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["roofline_figure"]
+
+WIDTH, ROOF, BAR = 560, 360, 26  # pixels
+MOST_BLOCKS = 30  # more of them are shown by stage
+LEAST_SHOWN = 0.002  # of the whole time; what takes less has no point
+LARGEST = 400  # square pixels of the layer that takes longest
+
+
+@styled()
+def roofline_figure(times: Sequence[LayerTime], limits: Limits, precision: Precision) -> "Figure":
+    """Above, operations a second of each layer over its operations a byte, below the roofs; a point's area is its time.
+
+    Below, the floor and the measured time of each block.
+    """
+    blocks = merged_times(times, "block")
+    blocks = blocks if len(blocks) <= MOST_BLOCKS else merged_times(times, "stage")
+    height = 60 + BAR * len(blocks)
+    figure, above = chart(WIDTH, ROOF + height)
+    grid = figure.add_gridspec(2, 1, height_ratios=(ROOF, height))
+    above.set_subplotspec(grid[0])
+    draw_roof(above, times, limits, precision)
+    draw_bars(figure.add_subplot(grid[1]), blocks)
+    return figure
+
+
+def draw_roof(axes: "Axes", times: Sequence[LayerTime], limits: Limits, precision: Precision) -> None:
+    """Layers below the roofs of arithmetic, of the caches and of main memory."""
+    peak, whole = limits.operations(precision), sum(each.seconds for each in times)
+    shown = [
+        (each, each.floor)
+        for each in times
+        if each.floor and each.floor.operations and each.seconds > LEAST_SHOWN * whole
+    ]
+    stages = list(dict.fromkeys(floor.block.partition(".")[0] for _, floor in shown))
+    longest = max((each.seconds for each, _ in shown), default=1.0)
+    for place, stage in enumerate(stages):
+        mine = [(each, floor) for each, floor in shown if floor.block.partition(".")[0] == stage]
+        axes.scatter(
+            [floor.intensity for _, floor in mine],
+            [floor.operations / each.seconds / 1e9 for each, floor in mine],
+            s=[max(12.0, LARGEST * each.seconds / longest) for each, _ in mine],
+            color=SERIES[place % len(SERIES)],
+            marker=MARKERS[place % len(MARKERS)],
+            alpha=0.75,
+            label=stage,
+        )
+    slowest, fastest = limits.bandwidth[-1].rate, limits.bandwidth[0].rate
+    found = [floor.intensity for _, floor in shown] or [1.0]
+    low, high = min(*found, peak / fastest) / 2, max(*found, peak / slowest) * 2
+    for label, rate, dash in (("caches", fastest, "--"), ("main memory", slowest, "-")):
+        knee = peak / rate
+        axes.plot(
+            [low, knee, high], [low * rate / 1e9, peak / 1e9, peak / 1e9], color=INK, linestyle=dash, linewidth=1.5
+        )
+        axes.annotate(
+            f"{label}, {rate / 1e9:.0f} GB/s",
+            (low, low * rate / 1e9),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="top",
+            color=MUTED,
+        )
+    axes.annotate(
+        f"{peak / 1e9:.0f} GFLOP/s in {precision}",
+        (peak / fastest, peak / 1e9),
+        xytext=(0, 5),
+        textcoords="offset points",
+        color=MUTED,
+    )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(low, high)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_minor_formatter(lambda *_: "")
+    axes.set_xlabel("operations a byte")
+    axes.set_ylabel("GFLOP/s")
+    axes.legend(loc="lower right", markerscale=0.7, ncols=2)
+
+
+def draw_bars(axes: "Axes", blocks: Sequence[LayerTime]) -> None:
+    """Floor and measured time of each block, and the part of the limit that was reached."""
+    places = list(range(len(blocks)))
+    axes.barh(places, [each.seconds * 1e3 for each in blocks], height=0.75, color=BLUE, label="measured")
+    floors = [each.floor.seconds * 1e3 if each.floor else 0.0 for each in blocks]
+    axes.barh(places, floors, height=0.35, color=ORANGE, label="floor")
+    for place, each in zip(places, blocks, strict=True):
+        part = f"{each.share:.0%}" if each.share else ""
+        axes.annotate(
+            part,
+            (max(each.seconds * 1e3, floors[place]), place),
+            xytext=(5, 0),
+            textcoords="offset points",
+            va="center",
+            color=MUTED,
+        )
+    axes.set_yticks(places, [each.name for each in blocks])
+    axes.set_ylim(len(blocks) - 0.5, -0.5)
+    axes.grid(visible=True, axis="x", color=GRID)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("milliseconds a batch; beside the bars, the part of the limit")
+    axes.legend(loc="lower right")

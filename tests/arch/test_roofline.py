@@ -1,0 +1,211 @@
+"""Floors of layers: against values worked out by hand, against the tensors of networks, and against cost()."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from isthmus.arch.cost import cost
+from isthmus.arch.plan import plan
+from isthmus.arch.roofline import Bandwidth, LayerTime, Limits, joined, merged, merged_times, roofline
+from isthmus.arch.spec import HeadSpec, NetSpec, StageSpec, StemSpec
+from isthmus.arch.variants import variants
+from isthmus.errors import SpecError
+from isthmus.nn.network import ResNet
+
+MIB = 2**20
+DESK = Limits(
+    machine="desk",
+    threads=2,
+    fp32=100e9,
+    bf16=200e9,
+    bandwidth=(Bandwidth(size=MIB, rate=80e9), Bandwidth(size=16 * MIB, rate=8e9)),
+)
+
+
+def by_name(floors):
+    return {floor.name: floor for floor in floors}
+
+
+def test_a_convolution_worked_out_by_hand():
+    found = by_name(roofline(plan("resnet50"), DESK))["layer1.0.conv2"]
+    assert found.operations == 2 * 56 * 56 * 64 * 64 * 9 == 231_211_008
+    assert found.bytes == 4 * (2 * 56 * 56 * 64 + 64 * 64 * 9) == 1_753_088
+    assert found.arithmetic == pytest.approx(2.31211008e-3)
+    assert found.memory == pytest.approx(1_753_088 / 80e9)
+    assert (found.seconds, found.binds, found.block) == (found.arithmetic, "arithmetic", "layer1.0")
+    assert found.intensity == pytest.approx(131.888, rel=1e-5)
+
+
+def test_the_classifier_worked_out_by_hand():
+    """One picture multiplies each weight once: memory binds."""
+    found = by_name(roofline(plan("resnet50"), DESK, precision="bf16"))["fc"]
+    assert found.operations == 2 * 2048 * 1000
+    assert found.bytes == 2 * (2048 * 1000 + 1000 + 2048 + 1000)
+    assert (found.seconds, found.binds) == (found.memory, "memory")
+
+
+@pytest.mark.parametrize(
+    ("size", "seconds"),
+    [
+        (0, 0.0),
+        (MIB // 2, MIB / 2 / 80e9),
+        (16 * MIB, 16 * MIB / 80e9),
+        (20 * MIB, 16 * MIB / 80e9 + 4 * MIB / 8e9),
+    ],
+)
+def test_what_a_cache_may_hold_comes_at_its_rate(size, seconds):
+    assert DESK.seconds(size) == pytest.approx(seconds, rel=1e-12)
+
+
+def test_one_rate_for_all_sizes():
+    flat = replace(DESK, bandwidth=(Bandwidth(size=MIB, rate=8e9),))
+    assert flat.seconds(64 * MIB) == pytest.approx(64 * MIB / 8e9)
+
+
+@pytest.mark.parametrize("name", variants())
+def test_operations_are_those_that_cost_counts(name):
+    laid_out = plan(name, 64)
+    floors = roofline(laid_out, DESK, batch=3)
+    assert sum(floor.operations for floor in floors) == 3 * cost(laid_out).flops
+    assert len(by_name(floors)) == len(floors)
+    for level in ("block", "stage"):
+        rows = merged(floors, level)
+        assert [row.name for row in rows] == [row.name for row in cost(laid_out).by(level)]
+        for key in ("operations", "bytes", "seconds"):
+            assert sum(getattr(row, key) for row in rows) == pytest.approx(sum(getattr(each, key) for each in floors))
+
+
+BASE = NetSpec(
+    stem=StemSpec(widths=(32,)),
+    stages=(StageSpec(depth=2, mid=32, out=64), StageSpec(depth=1, mid=32, out=96, stride=2)),
+    num_classes=5,
+)
+SPECS = {
+    "plain": BASE,
+    "deep stem, pooled shortcut": replace(BASE, stem=StemSpec(widths=(16, 16, 32), kernel=3), shortcut="avg"),
+    "strided first, grouped": replace(
+        BASE, stride_at="conv1", stages=tuple(replace(stage, groups=8) for stage in BASE.stages)
+    ),
+    "blurred": replace(BASE, anti_alias="blur"),
+    "averaged": replace(BASE, anti_alias="avg"),
+    "squeezed": replace(BASE, attention="se"),
+    "over channels": replace(BASE, attention="eca"),
+    "group norm": replace(BASE, norm="group"),
+    "pre-activation": replace(
+        BASE,
+        shortcut="maxpool",
+        stages=(
+            StageSpec(depth=2, mid=32, out=64, block="preact_bottleneck"),
+            StageSpec(depth=1, mid=32, out=64, block="preact_bottleneck", stride=2),
+        ),
+    ),
+    "a convolution for a pool": replace(BASE, stem=StemSpec(widths=(32,), pool="conv")),
+    "taps and a hidden layer": replace(BASE, head=HeadSpec(taps=("layer1", "last"), pools=("avg", "max"), hidden=8)),
+    "signals": replace(BASE, dims=1),
+    "volumes": replace(BASE, dims=3),
+}
+ALONE = (nn.modules.conv._ConvNd, nn.Linear, nn.GroupNorm, nn.modules.pooling._MaxPoolNd)
+NAMED = ("AveragePool", "BlurPool", "SqueezeExcite", "EfficientChannelAttention")
+
+
+def traced_bytes(net, batch):
+    """Bytes of every layer of its own from the tensors that go through it, by its name."""
+    found = {}
+
+    def note(name):
+        def hook(module, inputs, output):
+            read = inputs[0]
+            kernel, stride = getattr(module, "kernel_size", 0), getattr(module, "stride", 0)
+            size = kernel if isinstance(kernel, int) else max(kernel)
+            step = stride if isinstance(stride, int) else max(stride)
+            if size and step > size:  # positions that no output needs
+                read = read[(slice(None), slice(None), *(slice(None, None, step),) * (read.ndim - 2))]
+            weights = sum(each.numel() for each in module.parameters())
+            found[name] = 4 * (read.numel() + output.numel() + weights)
+
+        return hook
+
+    inside = [name for name, module in net.named_modules() if type(module).__name__ in NAMED]
+    for name, module in net.named_modules():
+        alone = isinstance(module, ALONE) or type(module).__name__ in NAMED
+        if alone and not any(name.startswith(f"{other}.") for other in inside):
+            module.register_forward_hook(note(name))
+    with torch.no_grad():
+        net(torch.zeros(batch, net.spec.in_channels, *net.plan.image_size))
+    return found
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_bytes_are_those_of_the_tensors(name):
+    side = 32 if name == "averaged" else 33  # its pool leaves the last row of an odd map alone
+    net = ResNet(plan(SPECS[name], side)).eval()
+    floors, wanted = by_name(roofline(net.plan, DESK, batch=2)), traced_bytes(net, 2)
+    head = net.spec.head
+    maps = net.features(torch.zeros(2, 3, *net.plan.image_size), head.taps)
+    wanted["pool"] = 4 * (sum(each.numel() for each in maps.values()) + 2 * net.plan.num_features)
+    assert {each: floor.bytes for each, floor in floors.items()} == wanted
+
+
+def test_batch_norms_activations_and_additions_count_nothing():
+    plain, grouped = (roofline(plan(SPECS[name], 64), DESK) for name in ("plain", "group norm"))
+    assert {floor.kind for floor in plain} == {"conv", "maxpool", "globalpool", "linear"}
+    assert {floor.name for floor in grouped} - {floor.name for floor in plain} == {
+        floor.name for floor in grouped if floor.kind == "norm"
+    }
+
+
+@pytest.mark.parametrize(("precision", "item"), [("fp32", 4), ("bf16", 2)])
+def test_lower_precision_moves_fewer_bytes(precision, item):
+    whole = sum(floor.bytes for floor in roofline(plan(BASE, 64), DESK))
+    assert sum(floor.bytes for floor in roofline(plan(BASE, 64), DESK, precision=precision)) == whole * item // 4
+
+
+def test_weights_move_once_for_a_batch():
+    one, four = (by_name(roofline(plan(BASE, 64), DESK, batch=batch))["fc"].bytes for batch in (1, 4))
+    assert four - one == 3 * 4 * (96 + 5)
+
+
+def test_layers_that_are_computed_as_one():
+    floors = by_name(roofline(plan("resnet50"), DESK))
+    both = floors["layer1.0.conv3"], floors["layer1.0.downsample.0"]
+    found = joined(both)
+    assert found.name == "layer1.0.conv3 + layer1.0.downsample.0"
+    assert found.operations == sum(each.operations for each in both)
+    assert found.seconds == pytest.approx(sum(each.arithmetic for each in both))
+    assert joined(both[:1]) == both[0]
+
+
+def test_measured_times_by_block():
+    floors = roofline(plan(BASE, 64), DESK)
+    times = [LayerTime(each.name, each.kind, each.block, 2 * each.seconds, each) for each in floors]
+    times.append(LayerTime("reorder", "", "engine", 1.0, None))
+    rows = merged_times(times, "stage")
+    assert [row.name for row in rows] == ["stem", "layer1", "layer2", "head", "engine"]
+    assert [row.share for row in rows] == [pytest.approx(0.5)] * 4 + [None]
+    assert sum(row.seconds for row in rows) == pytest.approx(1 + 2 * sum(each.seconds for each in floors))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"bandwidth": ()}, "limits need rates above 0"),
+        ({"bandwidth": DESK.bandwidth[::-1]}, "the larger come later and are no faster"),
+        ({"fp32": 0.0}, "limits need rates above 0"),
+        ({"threads": "two"}, "threads is 'two'; it must be a whole number"),
+    ],
+)
+def test_limits_that_are_none(change, words):
+    with pytest.raises(SpecError, match=words):
+        replace(DESK, **change)
+
+
+def test_what_cannot_be_asked():
+    with pytest.raises(SpecError, match="batch is 0; it must be at least 1"):
+        roofline(plan(BASE, 64), DESK, batch=0)
+    with pytest.raises(SpecError, match="desk does not multiply int8 itself; it has fp32, bf16"):
+        roofline(plan(BASE, 64), DESK, precision="int8")
+    own = replace(BASE, stages=(replace(BASE.stages[0], block="mine"),))
+    with pytest.raises(SpecError, match="block of your own kind 'mine'"):
+        roofline(plan(own, 64), DESK)
