@@ -144,8 +144,9 @@ def half_precision(world: World) -> Tensor:
 def scores(world: World) -> dict[str, Any]:
     """A tally of pictures that are divided unevenly."""
     logits = torch.randn(101, 7, generator=random(0))
-    tally = Tally(tuple("abcdefg"))
-    tally.add(own(logits, world), own(torch.randint(0, 7, (101,), generator=random(1)), world))
+    tally = Tally(tuple("abcdefg"), str)
+    labels = torch.randint(0, 7, (101,), generator=random(1))
+    tally.add(own(logits, world), own(labels, world), own(torch.arange(101), world))
     return tally.over(world).to_dict()
 
 
@@ -157,7 +158,13 @@ def evaluated(world: World) -> dict[str, Any]:
         loader = Loader(
             pictures=pictures, record=net.preprocess, batch_size=6, train=False, rank=world.rank, ranks=world.size
         )
-        return Inference(net, machine("cpu"), "fp32").evaluate(loader, world).to_dict()
+        found = Inference(net, machine("cpu"), "fp32").evaluate(loader, world).to_dict()
+        assert found["mistakes"]
+        names = [
+            str(Path(row["name"]).relative_to(folder)) for row in found["mistakes"]
+        ]  # each rank has its own folder
+        rows = [row | {"name": name} for row, name in zip(found["mistakes"], names, strict=True)]
+        return found | {"mistakes": rows}
 
 
 def words(world: World) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from sklearn import metrics
 
 from isthmus.errors import DataError
 from isthmus.evaluation.metrics import Tally
+from isthmus.evaluation.mistakes import KEPT
 
 
 def made(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, tuple[str, ...]]:
@@ -19,9 +20,11 @@ def made(count: int, classes: int, seed: int = 0) -> tuple[torch.Tensor, torch.T
     return logits, labels, tuple(f"class {place}" for place in range(classes))
 
 
-def tallied(logits: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]) -> Tally:
+def tallied(
+    logits: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...], places: torch.Tensor | None = None
+) -> Tally:
     tally = Tally(classes)
-    tally.add(logits, labels)
+    tally.add(logits, labels, places)
     return tally
 
 
@@ -52,11 +55,11 @@ def test_equals_scikit_learn(classes):
 
 def test_uneven_parts_add_up_to_the_whole():
     logits, labels, names = made(101, 7)
-    whole = tallied(logits, labels, names)
+    whole = tallied(logits, labels, names, torch.arange(101))
     in_place, total = Tally(names), Tally(names)
     for part in torch.arange(101).split([1, 60, 33, 7]):
-        in_place.add(logits[part], labels[part])
-        total = total + tallied(logits[part], labels[part], names)
+        in_place.add(logits[part], labels[part], part)
+        total = total + tallied(logits[part], labels[part], names, part)
     for tally in (in_place, total):
         assert torch.equal(tally.confusion, whole.confusion)
         assert tally.loss == pytest.approx(whole.loss, rel=1e-12)
@@ -83,7 +86,8 @@ def test_half_precision_and_gradients():
 def test_to_dict_is_json():
     logits, labels, names = made(30, 6)
     values = json.loads(json.dumps(tallied(logits, labels, names).to_dict(), allow_nan=False))
-    assert list(values) == ["pictures", "loss", "accuracy", "top5", "balanced_accuracy", "per_class", "confusion"]
+    first = ["pictures", "loss", "accuracy", "top5", "balanced_accuracy", "calibration"]
+    assert list(values) == [*first, "per_class", "confusion"]
     assert values["per_class"][2]["name"] == "class 2"
     assert sum(map(sum, values["confusion"])) == values["pictures"] == 30
 
@@ -101,3 +105,56 @@ def test_shapes_and_classes_must_fit():
             Tally(names).add(wrong_logits, wrong_labels)
     with pytest.raises(DataError, match="classes must agree"):
         Tally(("a", "b")) + Tally(("b", "a"))
+
+
+def test_the_most_confident_mistakes():
+    logits, labels, names = made(300, 4)
+    tally = Tally(names, lambda index: f"picture {index}")
+    tally.add(logits, labels, torch.arange(300) + 7)
+    confidence, guess = logits.softmax(1).max(1)
+    wrong = [place for place in range(300) if guess[place] != labels[place]]
+    wanted = sorted(wrong, key=lambda place: -float(confidence[place]))[:KEPT]
+    found = tally.mistakes
+    assert [row.index for row in found] == [place + 7 for place in wanted]
+    assert [row.name for row in found] == [f"picture {place + 7}" for place in wanted]
+    assert [row.label for row in found] == [names[labels[place]] for place in wanted]
+    assert [row.predicted for row in found] == [names[guess[place]] for place in wanted]
+    assert [row.confidence for row in found] == pytest.approx([float(confidence[place]) for place in wanted])
+
+
+def test_equal_mistakes_come_in_the_order_of_their_pictures():
+    logits = torch.tensor([[9.0, 0.0]]).repeat(40, 1)
+    places = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    parts = [Tally(("a", "b")) for _ in range(3)]
+    for tally, part in zip(parts, places.split(15), strict=True):
+        tally.add(logits[part], torch.ones(len(part), dtype=torch.int64), part)
+    assert [row.index for row in (parts[2] + parts[0] + parts[1]).mistakes] == list(range(KEPT))
+
+
+def test_few_mistakes_and_none():
+    logits = torch.tensor([[9.0, 0.0], [0.0, 9.0], [9.0, 0.0]])
+    tally = Tally(("a", "b"))
+    tally.add(logits, torch.tensor([0, 1, 1]), torch.tensor([4, 5, 6]))
+    assert [(row.index, row.label, row.predicted) for row in tally.mistakes] == [(6, "b", "a")]
+    right = Tally(("a", "b"))
+    right.add(logits, torch.tensor([0, 1, 0]), torch.arange(3))
+    assert right.mistakes == []
+    assert "mistakes" not in right.to_dict()
+
+
+def test_scores_come_back():
+    logits, labels, names = made(200, 6)
+    tally = Tally(names, str)
+    tally.add(logits, labels, torch.arange(200))
+    again = Tally.from_dict(json.loads(json.dumps(tally.to_dict())))
+    assert again.to_dict() == tally.to_dict() | {"loss": pytest.approx(tally.loss)}
+
+
+def test_scores_of_older_files_come_back_without_what_they_lack():
+    logits, labels, names = made(200, 6)
+    tally = Tally(names, str)
+    tally.add(logits, labels, torch.arange(200))
+    old = {name: value for name, value in tally.to_dict().items() if name not in ("calibration", "mistakes")}
+    again = Tally.from_dict(old)
+    assert again.calibration is None
+    assert again.to_dict() == old | {"loss": pytest.approx(tally.loss)}

@@ -71,9 +71,9 @@ class Inference:
 
         `progress` is told the pictures done and all of them.
         """
-        tally, every = Tally(loader.pictures.classes), len(loader.pictures)
+        tally, every = Tally(loader.pictures.classes, loader.pictures.name), len(loader.pictures)
         for batch, logits in self.run(loader.epoch(0)):
-            tally.add(logits, batch.labels)
+            tally.add(logits, batch.labels, batch.indices)
             if progress is not None:
                 progress(min((batch.step + 1) * loader.step_size, every), every)
         return tally.over(ranks) if ranks else tally
