@@ -1,7 +1,7 @@
 """Figures without pyplot: one palette that holds on light and dark pages, and SVG whose colours the page decides.
 
 Functions that draw are decorated with `styled()`, which gives their artists our fonts and colours; a figure's units are
-CSS pixels. Coordinates are rounded by nobody and dates are left out, so that equal figures are equal files.
+CSS pixels. Dates are left out, so that equal figures are equal files.
 """
 
 import hashlib
@@ -86,6 +86,7 @@ RC: dict[str, Any] = {
     "axes.titleweight": "bold",
     "axes.titlesize": 13,
     "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same measures everywhere
     "font.size": 12,
     "axes.labelsize": 12,
     "xtick.labelsize": 12,
@@ -106,7 +107,8 @@ def styled() -> Iterator[None]:
     import matplotlib as mpl
     from cycler import cycler
 
-    with mpl.rc_context(RC | {"axes.prop_cycle": cycler(color=SERIES)}), warnings.catch_warnings():
+    settings: Any = RC | {"axes.prop_cycle": cycler(color=SERIES)}
+    with mpl.rc_context(settings), warnings.catch_warnings():
         # Letters that matplotlib's font lacks are drawn by the browser's.
         warnings.filterwarnings("ignore", message=r"Glyph \d+")
         yield
@@ -132,20 +134,25 @@ def inline(figure: "Figure", alt: str) -> str:
         raise ValueError(head)
     width, height = map(float, found.groups())
     names = {value: name for name, value in LIGHT.items()}
-    # Which fonts there are, the page knows.
-    body = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--font, sans-serif)", body)
-    body = re.sub(
-        r"#[0-9a-f]{6}\b", lambda hit: f"var(--{names[hit[0]]}, {hit[0]})" if hit[0] in names else hit[0], body
-    )
-    own = hashlib.sha256((alt + body).encode()).hexdigest()[:8]
+    own = hashlib.sha256((alt + body).encode("utf-8", "surrogateescape")).hexdigest()[:8]
     used = set(re.findall(r'(?:href="|url\()#([^")]+)', body))
-    body = re.sub(r' id="([^"]*)"', lambda hit: f' id="{own}-{hit[1]}"' if hit[1] in used else "", body)
-    body = re.sub(r'(href="|url\()#', rf"\g<1>#{own}-", body)
+
+    def mended(tag: re.Match[str]) -> str:
+        """A tag in the colours and fonts of the page; its id is the figure's own, and there only if it is used."""
+        made = re.sub(
+            r"#[0-9a-f]{6}\b", lambda hit: f"var(--{names[hit[0]]}, {hit[0]})" if hit[0] in names else hit[0], tag[0]
+        )
+        made = re.sub(r"(font: [^;\"]*?px |font-family: )[^;\"]*", r"\1var(--font, sans-serif)", made)
+        made = re.sub(r' id="([^"]*)"', lambda hit: f' id="{own}-{hit[1]}"' if hit[1] in used else "", made)
+        return re.sub(r'(href="|url\()#', rf"\g<1>#{own}-", made)
+
+    # Tags alone: what stands between them are the users' own words.
+    body = re.sub(r"<[^>]*>", mended, body)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" role="img" '
         f'aria-label="{html.escape(alt)}" viewBox="0 0 {width:g} {height:g}" '
         f'style="width:100%;max-width:{width:g}px;height:auto;stroke-linejoin:round;stroke-linecap:butt">'
-        + re.sub(r"\s*\n\s*", "\n", body).strip()
+        + re.sub(r"\n\s+", "\n", body).strip()
     )
 
 
