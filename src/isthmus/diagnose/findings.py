@@ -1,5 +1,6 @@
 """What a diagnosis says: findings in plain sentences, and the figures behind them by block, strip and norm."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -143,6 +144,11 @@ class NormDrift:
     mode: Mode
     values: int | None = None
     noise: float | None = None
+
+    @property
+    def distance(self) -> float:
+        """How far the norm is off: the larger of the shift and the distance of log deviations, |ln ratio| / 2."""
+        return max(self.shift, abs(math.log(max(self.ratio, 1e-30))) / 2)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,11 +1,14 @@
-"""Batch norm beyond torch's own: frozen, whatever `.train()` says, and synchronised over processes, on the CPU too."""
+"""Batch norm beyond torch's own: frozen whatever `.train()` says, synchronised, also on the CPU, and precise."""
 
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from isthmus.errors import DataError
 
 __all__ = [
     "BATCH_NORM",
@@ -17,6 +20,7 @@ __all__ = [
     "SynchronisedBatchNorm2d",
     "SynchronisedBatchNorm3d",
     "freeze_batchnorm",
+    "precise_batchnorm",
     "synchronise_batchnorm",
 ]
 
@@ -117,6 +121,63 @@ def _become(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) 
             child.train(child.training)
             count += 1
     return count
+
+
+@torch.no_grad()
+def precise_batchnorm(net: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Give every batch norm of `net` that is not frozen the exact statistics of `batches`, in place; returns how many.
+
+    Each batch (whatever `net` takes) goes through once, normalised by itself as in training, and the moments of all are
+    put together by the law of total variance, whatever their sizes (Wu & Johnson 2021, "precise batch norm"); variances
+    have Bessel's correction, as running ones have. All norms at once: a pass for each norm, those before it exact
+    already, would differ only by what the batches differ among each other, which larger ones lessen. Drop path and
+    dropout stay off, for the statistics are those of evaluation. Modes, momenta and counters stay as they are. Raises
+    DataError when there is no batch, or one has a single value in a channel; the statistics then stay too.
+    """
+    modes = [(module, module.training) for module in net.modules()]
+    net.train()
+    norms = [module for module in net.modules() if isinstance(module, BatchNorm) and module.training]
+    norms = [norm for norm in norms if norm.running_mean is not None]
+    held = [({name: each.clone() for name, each in norm.named_buffers()}, norm.momentum) for norm in norms]
+    moments: dict[nn.Module, tuple[float, Tensor, Tensor]] = {}  # values, their mean and summed squared deviation
+
+    def check(_norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if inputs[0].numel() == inputs[0].shape[1]:
+            raise DataError("a batch has a single value in a channel, of which there is no variance; give larger ones")
+
+    def add(norm: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        values = inputs[0].numel() / inputs[0].shape[1]
+        mean, var = (norm.get_buffer(name).cpu().double() for name in ("running_mean", "running_var"))
+        count, centre, squares = moments.get(norm, (0.0, torch.zeros_like(mean), torch.zeros_like(mean)))
+        both, apart = count + values, mean - centre  # Chan et al. 1979, so that nothing cancels
+        squares = squares + var * (values - 1) + apart.square() * (count * values / both)
+        moments[norm] = both, centre + apart * (values / both), squares
+
+    handles = [norm.register_forward_pre_hook(check) for norm in norms]
+    handles += [norm.register_forward_hook(add) for norm in norms]
+    try:
+        net.eval()
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()  # 0 × NaN would stay NaN
+            norm.momentum = 1.0  # so that what it keeps is the batch's own
+        for batch in batches if norms else ():
+            net(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, (buffers, momentum) in zip(norms, held, strict=True):
+            norm.momentum = momentum
+            for name, buffer in norm.named_buffers():
+                buffer.copy_(buffers[name])
+        for module, mode in modes:
+            module.training = mode
+    if norms and not moments:
+        raise DataError("no batch was given to measure batch-norm statistics on; give some pictures")
+    for each, (count, mean, squares) in moments.items():
+        each.get_buffer("running_mean").copy_(mean)
+        each.get_buffer("running_var").copy_(squares / (count - 1))
+    return len(moments)
 
 
 @torch.no_grad()
