@@ -24,6 +24,7 @@ FLOORS = {
     "diagnose": 3,
     "deploy": 3,
     "report": 4,
+    "examine": 4,
     "run": 5,
     "ship": 5,
     "cli": 6,

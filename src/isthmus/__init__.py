@@ -16,6 +16,9 @@ from isthmus.errors import IsthmusError
 if TYPE_CHECKING:
     from isthmus.deploy.export import export
     from isthmus.deploy.predictor import Predictor
+    from isthmus.diagnose.findings import Diagnosis
+    from isthmus.examine import diagnosis
+    from isthmus.nn.batchnorm import precise_batchnorm
     from isthmus.nn.block import BasicBlock, BottleneckBlock, PreActBottleneckBlock, projection
     from isthmus.nn.fold import fold
     from isthmus.nn.freeze import freeze
@@ -32,6 +35,7 @@ LAZY = {
     "BottleneckBlock": "isthmus.nn.block",
     "PreActBottleneckBlock": "isthmus.nn.block",
     "projection": "isthmus.nn.block",
+    "precise_batchnorm": "isthmus.nn.batchnorm",
     "ResNet": "isthmus.nn.network",
     "fold": "isthmus.nn.fold",
     "freeze": "isthmus.nn.freeze",
@@ -41,6 +45,8 @@ LAZY = {
     "load_weights": "isthmus.weights.load",
     "save_weights": "isthmus.weights.save",
     "Recipe": "isthmus.train.recipe",
+    "Diagnosis": "isthmus.diagnose.findings",
+    "diagnosis": "isthmus.examine",
     "evaluate": "isthmus.run",
     "export": "isthmus.deploy.export",
     "fit": "isthmus.run",
@@ -54,6 +60,7 @@ __all__ = [
     "BasicBlock",
     "BottleneckBlock",
     "Cost",
+    "Diagnosis",
     "HeadSpec",
     "IsthmusError",
     "LoadReport",
@@ -68,6 +75,7 @@ __all__ = [
     "StemSpec",
     "cost",
     "create",
+    "diagnosis",
     "evaluate",
     "export",
     "fit",
@@ -76,6 +84,7 @@ __all__ = [
     "load",
     "load_weights",
     "plan",
+    "precise_batchnorm",
     "predict",
     "predict_table",
     "projection",
