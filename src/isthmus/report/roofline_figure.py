@@ -1,7 +1,7 @@
 """The roofline of a network: how fast its layers run beside what the machine allows, and where the time goes."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from isthmus.arch.roofline import LayerTime, Limits, Precision, merged_times
 from isthmus.report.drawing import BLUE, GRID, INK, MARKERS, MUTED, ORANGE, SERIES, chart, styled
@@ -15,6 +15,7 @@ __all__ = ["roofline_figure"]
 WIDTH, ROOF, BAR = 560, 360, 26  # pixels
 MOST_BLOCKS = 30  # more of them are shown by stage
 LEAST_SHOWN = 0.002  # of the whole time; what takes less has no point
+LEAST_INTENSITY = 0.1  # operations a byte; what has fewer moves bytes and hardly computes
 LARGEST = 400  # square pixels of the layer that takes longest
 
 
@@ -41,7 +42,7 @@ def draw_roof(axes: "Axes", times: Sequence[LayerTime], limits: Limits, precisio
     shown = [
         (each, each.floor)
         for each in times
-        if each.floor and each.floor.operations and each.seconds > LEAST_SHOWN * whole
+        if each.floor and each.floor.intensity >= LEAST_INTENSITY and each.seconds > LEAST_SHOWN * whole
     ]
     stages = list(dict.fromkeys(floor.block.partition(".")[0] for _, floor in shown))
     longest = max((each.seconds for each, _ in shown), default=1.0)
@@ -58,36 +59,31 @@ def draw_roof(axes: "Axes", times: Sequence[LayerTime], limits: Limits, precisio
         )
     slowest, fastest = limits.bandwidth[-1].rate, limits.bandwidth[0].rate
     found = [floor.intensity for _, floor in shown] or [1.0]
-    low, high = min(*found, peak / fastest) / 2, max(*found, peak / slowest) * 2
-    for label, rate, dash in (("caches", fastest, "--"), ("main memory", slowest, "-")):
+    low, high = min(*found, peak / fastest) / 4, max(*found, peak / slowest) * 2
+    for rate, dash in ((fastest, "--"), (slowest, "-")):
         knee = peak / rate
         axes.plot(
             [low, knee, high], [low * rate / 1e9, peak / 1e9, peak / 1e9], color=INK, linestyle=dash, linewidth=1.5
         )
-        axes.annotate(
-            f"{label}, {rate / 1e9:.0f} GB/s",
-            (low, low * rate / 1e9),
-            xytext=(6, 0),
-            textcoords="offset points",
-            va="top",
-            color=MUTED,
-        )
-    axes.annotate(
-        f"{peak / 1e9:.0f} GFLOP/s in {precision}",
-        (peak / fastest, peak / 1e9),
-        xytext=(0, 5),
-        textcoords="offset points",
-        color=MUTED,
-    )
+    words = f"main memory, {slowest / 1e9:.0f} GB/s", f"caches, {fastest / 1e9:.0f} GB/s ", f"{peak / 1e9:.0f} GFLOP/s"
+    told(axes, words[0], (low, low * slowest / 1e9), (6, 0), va="top")
+    told(axes, words[1], (peak / fastest, peak / 1e9), (-4, 4), ha="right")
+    told(axes, f"{words[2]} in {precision}", (peak / fastest, peak / 1e9), (4, 4))
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(low, high)
+    axes.set_ylim(top=2 * peak / 1e9)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_minor_formatter(lambda *_: "")
     axes.set_xlabel("operations a byte")
     axes.set_ylabel("GFLOP/s")
     axes.legend(loc="lower right", markerscale=0.7, ncols=2)
+
+
+def told(axes: "Axes", words: str, at: tuple[float, float], apart: tuple[int, int], **how: Any) -> None:
+    """Words beside a point."""
+    axes.annotate(words, at, xytext=apart, textcoords="offset points", color=MUTED, **how)
 
 
 def draw_bars(axes: "Axes", blocks: Sequence[LayerTime]) -> None:
@@ -108,7 +104,8 @@ def draw_bars(axes: "Axes", blocks: Sequence[LayerTime]) -> None:
         )
     axes.set_yticks(places, [each.name for each in blocks])
     axes.set_ylim(len(blocks) - 0.5, -0.5)
+    axes.set_xlim(0, 1.1 * max(*floors, *(each.seconds * 1e3 for each in blocks)))
     axes.grid(visible=True, axis="x", color=GRID)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("milliseconds a batch; beside the bars, the part of the limit")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
