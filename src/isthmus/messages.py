@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-__all__ = ["first_line", "listed"]
+__all__ = ["first_line", "listed", "printable"]
 
 
 def first_line(error: BaseException) -> str:
@@ -16,3 +16,8 @@ def listed(names: Iterable[str], count: int = 4, separator: str = ", ") -> str:
     every = list(names)
     rest = f" and {len(every) - count} more" if len(every) > count else ""
     return separator.join(every[:count]) + rest
+
+
+def printable(name: str) -> str:
+    r"""The name of a file as any text may hold it: bytes that are no UTF-8 as \xff."""
+    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")

@@ -1,5 +1,6 @@
 """Trained networks in use: what the Python names and the command line share."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -51,10 +52,11 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Predicted:
-    """A written table: how many pictures it has, and of those predicted now the speed and what was unreadable."""
+    """A written table: its pictures; and of those predicted now their number, the speed and what was unreadable."""
 
     path: Path
     pictures: int
+    predicted: int
     unreadable: int
     reasons: tuple[str, ...]
     seconds: float
@@ -113,12 +115,16 @@ def predict_table(
     `cluster` the machines of a Ray cluster predict them (see `spread`), and the rows are the same.
     Raises RunError for parts of another job.
     """
+    if probabilities and features:
+        raise RecipeError("features and the probabilities of all classes are two tables: ask for one of them")
+    if workers < 0 or (workers and not cluster):
+        raise RecipeError(f"workers is {workers}; give 1 or more to a cluster, or leave it out")
     reporter, job = reporter or Reporter(), Job(Path(out))
     wanted = Wanted(top=top, what="probabilities" if probabilities else "top", stage=features)
-    with job.claimed():
-        begun = job.kept.get("reader", [])  # rows of one table come from one engine
-        if begun and engine == precision == "auto":
-            engine, precision, _ = begun
+    with job.claimed(reporter.say):
+        if begun := job.kept.get("reader"):  # rows of one table come from one engine
+            engine = begun[0] if engine == "auto" else engine
+            precision = begun[1] if precision == "auto" else precision
         order = order_of(run, pictures, wanted, batch_size, engine, precision, device, reporter.say)
         reader = order.reader(reporter.say)
         order = order.settled(reader)
@@ -137,11 +143,13 @@ def predict_table(
         for part, table, bad in made:
             job.keep(part, table)
             reasons += bad[: TOLD - len(reasons)]
-        reporter.say(str(pace))
+        if missing:
+            reporter.say(str(pace))
         job.finish()
     return Predicted(
         path=job.out,
         pictures=len(order.pictures),
+        predicted=pace.pictures,
         unreadable=pace.unreadable,
         reasons=tuple(reasons),
         seconds=pace.seconds,
@@ -194,8 +202,10 @@ def order_of(
 
 
 def classes_of(net: ResNet) -> tuple[str, ...]:
-    """The names of its classes, or their numbers."""
-    return net.classes or tuple(f"class {index}" for index in range(net.spec.num_classes))
+    """The names of its classes, with their numbers where several share one; without names the numbers alone."""
+    shared = {name for name, count in Counter(net.classes).items() if count > 1}
+    named = tuple(f"{name} ({index})" if name in shared else name for index, name in enumerate(net.classes))
+    return named or tuple(f"class {index}" for index in range(net.spec.num_classes))
 
 
 def quantize(

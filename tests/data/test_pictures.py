@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from isthmus.data.pictures import Files, Names, Pictures, natural
+from isthmus.data.pictures import Files, Names, Pictures, Store, joined, natural
 from isthmus.errors import DataError
 from small_runs import paths
 
@@ -93,3 +93,40 @@ def test_reading_and_identity(tmp_path: Path):
 def test_natural_order():
     names = ["cell10", "Cell2", "cell2", "b", "cell2b", "10", "9"]
     assert sorted(names, key=natural) == ["9", "10", "b", "Cell2", "cell2", "cell2b", "cell10"]
+
+
+class Listening(Store):
+    """Ten pictures in the cloud."""
+
+    def __init__(self, letter: str) -> None:
+        self.letter, self.heard = letter, list[int]()
+
+    def __len__(self) -> int:
+        return 10
+
+    def read(self, place: int) -> bytes:
+        return f"{self.letter}{place}".encode()
+
+    def name(self, place: int) -> str:
+        return f"{self.letter}{place}"
+
+    def identity(self, place: int) -> tuple[str, ...]:
+        return (self.name(place),)
+
+    def expect(self, places: np.ndarray) -> None:
+        self.heard += places.tolist()
+
+
+def test_stores_side_by_side_hear_what_is_read_soon():
+    a, b, c = map(Listening, "abc")
+    every = Pictures.stored(joined([joined([a, b]), c]), np.zeros(30), ["all"])
+    assert [every.name(place) for place in (0, 9, 10, 20, 29)] == ["a0", "a9", "b0", "c0", "c9"]
+    every.subset([29, 10, 19, 3]).expect(np.arange(3))
+    assert (a.heard, sorted(b.heard), c.heard) == ([], [0, 9], [9])
+
+
+def test_thousands_of_stores():
+    """Named one by one, as a shell expands shards/*.tar."""
+    every = sum((Pictures.unlabelled([f"{number}"]) for number in range(1, 2000)), Pictures.unlabelled(["0"]))
+    assert [every.name(place) for place in range(2000)] == [str(place) for place in range(2000)]
+    assert every == pickle.loads(pickle.dumps(every))

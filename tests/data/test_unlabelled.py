@@ -118,11 +118,13 @@ def test_parquet(photos, tmp_path, written):
 def test_several_parquet_files_and_rows_without_a_picture(photos, tmp_path):
     content: list[bytes | None] = [*rows(photos)]
     content[4] = None
+    folder = tmp_path / "rows.parquet"  # as Spark writes
+    folder.mkdir()
     for place in range(2):
-        parquet.write_table(pa.table({"image": content[place * 8 :][:8]}), tmp_path / f"{place}.parquet")
-    for refs in ([tmp_path], [tmp_path / "0.parquet", tmp_path / "1.parquet"]):
+        parquet.write_table(pa.table({"image": content[place * 8 :][:8]}), folder / f"{place}.parquet")
+    for refs in ([folder], [folder / "0.parquet", folder / "1.parquet"]):
         found = open_unlabelled(*refs)
-        assert found.name(9) == f"{tmp_path / '1.parquet'}, row 1"
+        assert found.name(9) == f"{folder / '1.parquet'}, row 1"
         assert [found.read(place) for place in range(16) if place != 4] == [each for each in content if each]
         with pytest.raises(DataError, match=r"0\.parquet, row 4 holds no picture"):
             found.read(4)

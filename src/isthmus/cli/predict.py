@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from isthmus.cli.options import Device, Json
 from isthmus.errors import RecipeError
+from isthmus.messages import printable
 from isthmus.records import to_dict
 from isthmus.report.tables import console, print_table
 
@@ -99,7 +100,8 @@ def predict(
             print(json.dumps(to_dict(made) | {"path": str(made.path)}, indent=2))  # noqa: T201
         else:
             console.print(f"{made.path}: {made.pictures:,} rows", soft_wrap=True, markup=False)
-        tell_unreadable(made.reasons, made.unreadable, made.pictures)
+        now = "" if made.predicted == made.pictures else " predicted now"
+        tell_unreadable(made.reasons, made.unreadable, f"{made.predicted} pictures{now}")
         return
     if as_json:
         document = [
@@ -117,7 +119,7 @@ def predict(
             ("picture", "class", "probability", "next"),
             (
                 (
-                    escape(row.path.name),
+                    escape(printable(row.path.name)),
                     escape(row.classes[0]),
                     f"{row.probabilities[0]:.1%}",
                     f"{escape(row.classes[1])} {row.probabilities[1]:.1%}" if len(row.classes) > 1 else "",
@@ -127,13 +129,13 @@ def predict(
             ),
         )
     bad = [row.error for row in rows if row.error]
-    tell_unreadable(bad, len(bad), len(rows))
+    tell_unreadable(bad, len(bad), f"{len(rows)} pictures")
 
 
-def tell_unreadable(reasons: Sequence[str], count: int, every: int) -> None:
+def tell_unreadable(reasons: Sequence[str], count: int, every: str) -> None:
     """What was left out and why; of many the first ones."""
     for reason in reasons:
         print(f"skipped {reason}", file=sys.stderr)  # noqa: T201
     if count:
         rest = "" if count == len(reasons) else "; the reasons of all are in the table"
-        print(f"{count} of {every} pictures could not be read{rest}", file=sys.stderr)  # noqa: T201
+        print(f"{count} of {every} could not be read{rest}", file=sys.stderr)  # noqa: T201

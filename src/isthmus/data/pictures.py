@@ -3,8 +3,10 @@
 import os
 import re
 from abc import ABC, abstractmethod
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 from isthmus.data.order import clustered_permutation, permutation
 from isthmus.errors import DataError
 
-__all__ = ["WINDOW", "Files", "Identity", "Names", "Pictures", "Store", "natural", "read_file", "stamp"]
+__all__ = ["WINDOW", "Files", "Identity", "Names", "Pictures", "Store", "joined", "natural", "read_file", "stamp"]
 
 WINDOW = 16_384  # pictures of remote shards that are mixed at a time; readers of streams mix a few thousand
 Identity = tuple[str | int, ...]
@@ -127,17 +129,20 @@ class Files(Store):
 
 @dataclass(frozen=True, slots=True)
 class _Joined(Store):
-    """The pictures of one store, then those of another."""
+    """The pictures of several stores, one after another; `ends` counts them up to the end of each."""
 
-    first: Store
-    second: Store
+    stores: tuple[Store, ...]
+    ends: tuple[int, ...]
 
     def __len__(self) -> int:
-        return len(self.first) + len(self.second)
+        return self.ends[-1]
+
+    def _start(self, number: int) -> int:
+        return self.ends[number - 1] if number else 0
 
     def _find(self, place: int) -> tuple[Store, int]:
-        cut = len(self.first)
-        return (self.first, place) if place < cut else (self.second, place - cut)
+        number = bisect_right(self.ends, place)
+        return self.stores[number], place - self._start(number)
 
     def read(self, place: int) -> bytes:
         store, place = self._find(place)
@@ -150,6 +155,17 @@ class _Joined(Store):
     def identity(self, place: int) -> Identity:
         store, place = self._find(place)
         return store.identity(place)
+
+    def expect(self, places: NDArray[np.int64]) -> None:
+        numbers = np.searchsorted(self.ends, places, side="right")
+        for number in np.unique(numbers).tolist():
+            self.stores[number].expect(places[numbers == number] - self._start(number))
+
+
+def joined(stores: Iterable[Store]) -> Store:
+    """One store of the pictures of several, in their order."""
+    flat = [part for store in stores for part in (store.stores if isinstance(store, _Joined) else (store,))]
+    return flat[0] if len(flat) == 1 else _Joined(tuple(flat), tuple(accumulate(map(len, flat))))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -203,12 +219,12 @@ class Pictures:
 
     def __add__(self, other: "Pictures") -> "Pictures":
         """The pictures of both, under the classes of both; where these are the same, in their order."""
-        joined = self.store != other.store
-        places = other.places + len(self.store) if joined else other.places
+        apart = self.store != other.store
+        places = other.places + len(self.store) if apart else other.places
         both = self.classes, other.classes
         classes = self.classes if both[0] == both[1] else tuple(sorted({*self.used(), *other.used()}, key=natural))
         return Pictures(
-            store=_Joined(self.store, other.store) if joined else self.store,
+            store=joined((self.store, other.store)) if apart else self.store,
             places=np.concatenate([self.places, places]),
             labels=np.concatenate([self.under(classes).labels, other.under(classes).labels]),
             classes=classes,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from isthmus.data.parquet import open_parquet
-from isthmus.data.pictures import Files, Names, Pictures, Store, natural
+from isthmus.data.pictures import Files, Names, Pictures, Store, joined, natural
 from isthmus.data.shards import open_shards
 from isthmus.data.sources import holds_shards, picture_files
 from isthmus.errors import DataError
@@ -40,8 +40,8 @@ def open_unlabelled(*refs: Path | str) -> Pictures:
             stores += [open_shards(name, labelled=False).store for name in names]
     if not stores:
         raise DataError("no pictures are named; give files, folders, patterns, lists, shards or Parquet files")
-    first, *others = (Pictures.stored(store, np.full(len(store), -1), ()) for store in stores)
-    return sum(others, first)
+    store = joined(stores)
+    return Pictures.stored(store, np.full(len(store), -1), ())
 
 
 def _kinds(refs: Iterable[str]) -> Iterator[tuple[str, str]]:
@@ -50,7 +50,7 @@ def _kinds(refs: Iterable[str]) -> Iterator[tuple[str, str]]:
         path = Path(ref).expanduser()
         if "://" in ref or ref.endswith(".tar") or holds_shards(path):
             yield "shards", ref if "://" in ref else str(path)
-        elif ref.endswith(".parquet") and path.exists():
+        elif ref.endswith(".parquet") and path.is_file():
             yield "parquet", str(path)
         elif inside := sorted(map(str, path.glob("*.parquet")), key=natural):
             yield from (("parquet", name) for name in inside)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from isthmus.errors import MissingExtraError, RunError, SpecError
+from isthmus.messages import printable
 
 __all__ = ["FILES", "Answers", "Table", "Wanted", "file_of"]
 
@@ -39,7 +40,7 @@ class Wanted:
 
     def table(self, answers: "Answers") -> Table:
         """Of answers, a row each."""
-        told: Table = {"path": answers.names}
+        told: Table = {"path": [printable(name) for name in answers.names]}
         if self.stage:
             told["features"] = answers.filled(answers.outputs.numpy())
         elif self.what == "probabilities":
@@ -53,7 +54,7 @@ class Wanted:
                 told[f"probability_{rank + 1}"] = np.array(
                     [row[rank][1] if row else np.nan for row in rows], np.float32
                 )
-        return told | {"error": answers.errors}
+        return told | {"error": [error and printable(error) for error in answers.errors]}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,11 +109,13 @@ def texts(values: Iterable[float], kind: str) -> list[str]:
 
 
 def join_csv(parts: Sequence[Path], out: Path) -> None:
-    """The rows of all under the first line of one."""
+    """The rows of all under the names of one."""
     with out.open("wb") as whole:
         for place, part in enumerate(parts):
             with part.open("rb") as file:
                 first = file.readline()
+                while first.count(b'"') % 2:  # a name with a line break
+                    first += file.readline()
                 if place == 0:
                     whole.write(first)
                 shutil.copyfileobj(file, whole)

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Job:
         self.folder = out.with_name(f"{out.name}.parts")
 
     @contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, say: Callable[[str], object]) -> Iterator[None]:
         """A context in which no other command works on the job; raises RunError for a folder that cannot be made.
 
         The system gives the lock back when its process ends, however it ends.
@@ -40,6 +40,8 @@ class Job:
             lock.acquire(timeout=0)
         except Timeout as error:
             raise RunError(f"another command writes {self.out} now; wait for it, or choose another --out") from error
+        except NotImplementedError:
+            say(f"the file system of {self.out} has no locks: let no other command write it")
         except OSError as error:
             raise RunError(f"cannot make {self.folder}: {error.strerror}; choose another --out") from error
         try:

@@ -125,9 +125,9 @@ class Order:
         return made
 
     def settled(self, reader: Reader) -> "Order":
-        """The same by no other engine than that of a reader."""
-        engine, precision, _ = reader.kind
-        return replace(self, engine=engine, precision=precision)  # type: ignore[arg-type]
+        """The same by no other engine and kind of device than that of a reader, wherever it runs."""
+        engine, precision, device = reader.kind
+        return replace(self, engine=engine, precision=precision, device=device)  # type: ignore[arg-type]
 
     def about(self, reader: Reader) -> dict[str, Any]:
         """All that decides the rows, as JSON has it."""
@@ -144,8 +144,10 @@ class Order:
         }
 
 
-def answered(order: Order, reader: Reader, parts: Sequence[int], pace: Pace, tell: Tell = nobody) -> Iterator[Answers]:
-    """The answers of the parts with these numbers, in their order.
+def answered(
+    order: Order, reader: Reader, parts: Sequence[int], pace: Pace, tell: Tell = nobody, *, threads: int = 0
+) -> Iterator[Answers]:
+    """The answers of the parts with these numbers, in their order; so many `threads` decode, or one a core.
 
     `tell` hears how many pictures of all are done, and the part of the time that was waited. Pictures that cannot be
     read have their reason. Memory stays the same however many there are.
@@ -159,6 +161,7 @@ def answered(order: Order, reader: Reader, parts: Sequence[int], pace: Pace, tel
         batch_size=order.batch_size,
         train=False,
         exact=shows_grey_levels(reader.kind[1]),
+        threads=threads,
         on_error="skip",
     )
     found: list[Tensor] = []
