@@ -30,7 +30,8 @@ from isthmus.data.decode import decode, pixel_count
 from isthmus.data.loader import Batch
 from isthmus.data.transform import centred
 from isthmus.deploy.predictor import Predictor
-from isthmus.deploy.serve.app import image_of
+from isthmus.deploy.serve.app import SCAN, SCANS, PictureError, image_of
+from isthmus.deploy.serve.guard import Bounds
 from isthmus.deploy.serve.server import bound
 from isthmus.deploy.serve.server import run as run_server
 from isthmus.errors import IsthmusError, RecipeError, RunError
@@ -120,6 +121,18 @@ def test_pictures_are_resized_as_predict_does(pictures, exact):
     for picture in pictures[:3]:
         found = image_of(picture.read_bytes(), IMAGENET, 10**8, exact=exact)
         assert np.array_equal(found, centred(decode(picture), IMAGENET, exact=exact))
+
+
+def test_a_jpeg_of_many_scans_is_refused():
+    """Each costs time for all pixels, and a few bytes."""
+    file = BytesIO()
+    Image.new("L", (64, 64)).save(file, "jpeg", progressive=True)
+    content = file.getvalue()
+    scans, last = content.count(SCAN), content[content.rindex(SCAN) : -2]
+    most, more = (content[:-2] + last * count + content[-2:] for count in (SCANS - scans, SCANS - scans + 1))
+    assert image_of(most, IMAGENET, 10**8, exact=True).shape == (224, 224, 3)
+    with pytest.raises(PictureError, match="a JPEG of more than 100 scans"):
+        image_of(more, IMAGENET, 10**8, exact=True)
 
 
 def test_predictions_are_those_of_predict(server, pictures, wanted):
@@ -277,6 +290,13 @@ def test_the_page_asks_nobody_else(server):
 # --- what it survives
 
 
+@pytest.fixture(scope="module")
+def narrow(run, cache) -> Iterator[Service]:
+    """A server that has little room."""
+    with service(run, cache, queue=24, uploads=24, uploads_of_max=3, upload_seconds=2.0) as made:
+        yield made
+
+
 @pytest.fixture
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(32) as made:
@@ -300,23 +320,23 @@ def in_work(made: Service) -> bool:
     return made.figures()["isthmus_queue_pictures"] == 0
 
 
-def test_a_full_queue_answers_at_once(run, cache, pictures, wanted, pool):
-    with service(run, cache, queue=12, uploads=3) as made:
-        waiting = asked_while_held(made, pool, pictures)  # 12
-        until(lambda: made.ask("POST", "/predict", b"x")[0] == 503)
-        status, headers, text = made.ask("POST", "/predict", pictures[0].read_bytes())
-        assert (status, headers["retry-after"]) == (503, "1")
-        assert "12 other pictures are waiting" in json.loads(text)["error"]
-        os.kill(made.engine(), signal.SIGCONT)
-        assert all(right(each.result(), wanted[path]) for each, path in zip(waiting, pictures, strict=True))
-        slow = [socket.create_connection(("127.0.0.1", made.port)) for _ in range(3)]
-        for each in slow:
-            each.sendall(b"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Length: 5000\r\n\r\nabc")
-        status, document = until(lambda: refused(made, pictures[0].read_bytes()))
-        assert (status, document["error"]) == (503, "3 other pictures are being sent; try again in a moment")
-        for each in slow:
-            each.close()
-        assert right(until(lambda: served(made, pictures[0].read_bytes())), wanted[pictures[0]])
+def test_a_full_queue_answers_at_once(narrow, pictures, wanted, pool):
+    paths = pictures * 2
+    waiting = asked_while_held(narrow, pool, paths)  # 24
+    until(lambda: narrow.ask("POST", "/predict", b"x")[0] == 503)
+    status, headers, text = narrow.ask("POST", "/predict", pictures[0].read_bytes())
+    assert (status, headers["retry-after"]) == (503, "1")
+    assert "24 other pictures are waiting" in json.loads(text)["error"]
+    os.kill(narrow.engine(), signal.SIGCONT)
+    assert all(right(each.result(), wanted[path]) for each, path in zip(waiting, paths, strict=True))
+    slow = [socket.create_connection(("127.0.0.1", narrow.port)) for _ in range(24)]
+    for each in slow:
+        each.sendall(b"POST /predict HTTP/1.1\r\nHost: here\r\nContent-Length: 5000\r\n\r\nabc")
+    status, document = until(lambda: refused(narrow, pictures[0].read_bytes()))
+    assert (status, document["error"]) == (503, "24 other pictures are being sent; try again in a moment")
+    for each in slow:
+        each.close()
+    assert right(until(lambda: served(narrow, pictures[0].read_bytes())), wanted[pictures[0]])
 
 
 def refused(made: Service, content: bytes) -> Any:
@@ -329,43 +349,41 @@ def served(made: Service, content: bytes) -> Any:
     return answer if answer[0] == 200 else None
 
 
-def test_bodies_in_memory_are_bounded(run, cache, pictures, wanted):
+def test_bodies_in_memory_are_bounded(narrow, pictures, wanted):
     """Ten clients send nine of ten million bytes and then wait, where three bodies may be held."""
-    with service(run, cache, uploads_of_max=3, upload_seconds=2.0) as made:
 
-        async def ten() -> list[tuple[int, dict[str, Any], int]]:
-            chunks = [b"x" * MB] * 9
-            return await asyncio.gather(*(made.send(iter(chunks), "Content-Length: 10000000") for _ in range(10)))
+    async def ten() -> list[tuple[int, dict[str, Any], int]]:
+        chunks = [b"x" * MB] * 9
+        return await asyncio.gather(*(narrow.send(iter(chunks), "Content-Length: 10000000") for _ in range(10)))
 
-        found = Counter((status, document["error"][:22]) for status, document, _ in asyncio.run(ten()))
-        assert found[503, "other pictures fill th"] >= 7
-        assert found[408, "the upload came too sl"] == 10 - found[503, "other pictures fill th"]
-        assert right(made.predict(pictures[0].read_bytes()), wanted[pictures[0]])
-        assert peak(made.process.pid) < 1_500 * MB
+    found = Counter((status, document["error"][:22]) for status, document, _ in asyncio.run(ten()))
+    assert found[503, "other pictures fill th"] >= 7
+    assert found[408, "the upload came too sl"] == 10 - found[503, "other pictures fill th"]
+    assert right(narrow.predict(pictures[0].read_bytes()), wanted[pictures[0]])
+    assert peak(narrow.process.pid) < 1_500 * MB
 
 
-def test_a_killed_engine_takes_its_batch_alone(run, cache, pictures, wanted, pool):
+def test_a_killed_engine_takes_its_batch_alone(narrow, pictures, wanted, pool):
     """Those that it had are told to come again, the others wait for the next engine; an idle one is replaced too."""
-    with service(run, cache) as made:
-        paths = pictures * 2
-        waiting = asked_while_held(made, pool, paths)
-        killed = made.engine()
-        os.kill(killed, signal.SIGKILL)
-        until(lambda: made.ask("GET", "/health")[0] == 503)
-        answers = [each.result() for each in waiting]
-        lost = [status for status, _ in answers if status != 200]
-        assert 1 <= len(lost) <= 8
-        assert set(lost) == {503}
-        assert all(right(each, wanted[path]) for path, each in zip(paths, answers, strict=True) if each[0] == 200)
-        assert json_of(made.ask("GET", "/health")) == (200, {"ready": True})
-        assert made.figures()["isthmus_engine_restarts_total"] == 1
-        assert made.engine() != killed
-        os.kill(made.engine(), signal.SIGKILL)
-        until(lambda: made.ask("GET", "/health")[0] == 503)
-        assert right(made.predict(pictures[0].read_bytes()), wanted[pictures[0]])
+    paths, before = pictures * 2, narrow.figures()["isthmus_engine_restarts_total"]
+    waiting = asked_while_held(narrow, pool, paths)
+    killed = narrow.engine()
+    os.kill(killed, signal.SIGKILL)
+    until(lambda: narrow.ask("GET", "/health")[0] == 503)
+    answers = [each.result() for each in waiting]
+    lost = [status for status, _ in answers if status != 200]
+    assert 1 <= len(lost) <= 8
+    assert set(lost) == {503}
+    assert all(right(each, wanted[path]) for path, each in zip(paths, answers, strict=True) if each[0] == 200)
+    assert json_of(narrow.ask("GET", "/health")) == (200, {"ready": True})
+    assert narrow.figures()["isthmus_engine_restarts_total"] - before == 1
+    assert narrow.engine() != killed
+    os.kill(narrow.engine(), signal.SIGKILL)
+    until(lambda: narrow.ask("GET", "/health")[0] == 503)
+    assert right(narrow.predict(pictures[0].read_bytes()), wanted[pictures[0]])
 
 
-def test_an_engine_that_hangs_is_replaced(run, cache, pictures, wanted):
+def test_an_engine_that_hangs_is_replaced_and_none_outlives_a_killed_service(run, cache, pictures, wanted):
     with service(run, cache, engine_seconds=0.5) as made:
         os.kill(hung := made.engine(), signal.SIGSTOP)
         status, headers, text = made.ask("POST", "/predict", pictures[0].read_bytes())
@@ -373,6 +391,10 @@ def test_an_engine_that_hangs_is_replaced(run, cache, pictures, wanted):
         assert "another one starts" in json.loads(text)["error"]
         assert right(made.predict(pictures[0].read_bytes()), wanted[pictures[0]])
         assert not alive(hung)
+        engine = made.engine()
+        made.process.kill()
+        made.process.wait()
+        until(lambda: not alive(engine), 10)
 
 
 def test_an_ended_service_answers_what_it_has(run, cache, pictures, wanted, pool):
@@ -397,20 +419,14 @@ def test_an_ended_service_answers_what_it_has(run, cache, pictures, wanted, pool
         assert not alive(engine)
 
 
-def test_no_process_outlives_a_killed_service(run, cache):
-    with service(run, cache) as made:
-        engine = made.engine()
-        made.process.kill()
-        made.process.wait()
-        until(lambda: not alive(engine), 10)
-
-
 def test_what_cannot_be_served_is_told_before_an_engine_starts(run, cache, tmp_path):
     isthmus.save_weights(isthmus.create(replace(network().spec, num_classes=0)), headless := tmp_path / "a.safetensors")
     with pytest.raises(IsthmusError, match="nothing"):
         serve(tmp_path / "nothing")
     with pytest.raises(RecipeError, match="has no classifier"):
         serve(headless)
+    with pytest.raises(RecipeError, match="queue is 0; it must be above 0"):
+        Bounds(queue=0)
     with pytest.raises(RunError, match=r"int8 is calibrated on the pictures of a run, and .* names none"):
         serve(run, precision="int8")
     with socket.create_server(("127.0.0.1", 0)) as taken:

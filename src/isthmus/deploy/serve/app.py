@@ -35,6 +35,8 @@ __all__ = ["Answer", "application"]
 PREDICT = "/predict"
 FIELD = "picture"
 DECODERS = min(4, os.cpu_count() or 1)  # threads; each holds one picture with all its pixels
+SCANS = 100  # of a JPEG; encoders write ten, and each takes time for all pixels however few bytes it has
+JPEG, SCAN = b"\xff\xd8", b"\xff\xda"  # how these begin; a byte ff of pixels is followed by 00
 BINARY = {"type": "string", "format": "binary"}
 FORM = {"schema": {"type": "object", "required": [FIELD], "properties": {FIELD: BINARY}}}
 KINDS = {kind: {"schema": BINARY} for kind in ("application/octet-stream", "image/jpeg", "image/png", "image/*")}
@@ -90,6 +92,8 @@ def image_of(content: bytes, record: Preprocess, max_pixels: int, *, exact: bool
     count = pixel_count(content)
     if count is not None and count > max_pixels:
         raise PictureError(413, f"the upload has more than {max_pixels:,} pixels; send a smaller one")
+    if content.startswith(JPEG) and content.count(SCAN) > SCANS:
+        raise PictureError(422, f"the upload is a JPEG of more than {SCANS} scans; save it anew")
     try:
         return centred(decode(content, record.channels, "the upload"), record, exact=exact)
     except DataError as error:
@@ -123,7 +127,7 @@ def application(
 
     metrics = Metrics()
     batcher = Batcher(engine, bounds.engine_seconds, metrics, say)
-    decoders = ThreadPoolExecutor(DECODERS, "decode")
+    decoders = ThreadPoolExecutor(DECODERS, "decode", torch.set_num_threads, (1,))
     prepared = partial(image_of, record=record, max_pixels=bounds.max_pixels, exact=exact)
     page, policy = page_and_policy(bounds)
 

@@ -3,8 +3,10 @@
 import asyncio
 import json
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
+
+from isthmus.errors import RecipeError
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -23,7 +25,7 @@ class Bounds:
 
     `queue` are the pictures that came and have no answer yet; `uploads` are coming, and may hold `held_bytes` together
     with those of the queue. An upload that pauses for `upload_seconds` is too slow, and an engine that takes longer
-    than `engine_seconds` for a batch hangs.
+    than `engine_seconds` for a batch hangs. Raises RecipeError for what lets nothing in.
     """
 
     max_bytes: int = 10_000_000
@@ -34,6 +36,11 @@ class Bounds:
     upload_seconds: float = 10.0
     engine_seconds: float = 30.0
     answer_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if not (value := getattr(self, each.name)) > 0:
+                raise RecipeError(f"{each.name} is {value}; it must be above 0")
 
     @property
     def held_bytes(self) -> int:
