@@ -59,7 +59,7 @@ def draw_roof(axes: "Axes", times: Sequence[LayerTime], limits: Limits, precisio
         )
     slowest, fastest = limits.bandwidth[-1].rate, limits.bandwidth[0].rate
     found = [floor.intensity for _, floor in shown] or [1.0]
-    low, high = min(*found, peak / fastest) / 4, max(*found, peak / slowest) * 2
+    low, high = min(*found, peak / fastest) / 12, max(*found, peak / slowest) * 2
     for rate, dash in ((fastest, "--"), (slowest, "-")):
         knee = peak / rate
         axes.plot(
