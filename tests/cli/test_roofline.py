@@ -58,7 +58,7 @@ def test_floors_by(isthmus, kept, by, rows):
     assert sum(row["bytes"] for row in found) == sum(floor.bytes for floor in wanted)
     result = isthmus(*arguments)
     assert (result.status, result.err) == (0, "")
-    assert "Roofline: 1 picture in bf16, 1 threads of desk" in result.out
+    assert "Roofline: 1 picture in bf16, 1 thread of desk" in result.out
     seconds = sum(floor.seconds for floor in wanted)
     assert f"floor {1e3 * seconds:.2f} ms: at most {1 / seconds:.1f} pictures/s" in result.out
 

@@ -202,7 +202,7 @@ def limits(*, as_json: Json = False) -> None:
         return
     rates = {precision: getattr(found, precision) for precision in ITEM}
     print_table(
-        f"{found.machine}, {found.threads} threads",
+        f"{found.machine}, {found.threads} thread{'s' * (found.threads > 1)}",
         ("precision", "GOP/s"),
         ((precision, f"{rate / 1e9:.0f}" if rate else "–") for precision, rate in rates.items()),
     )

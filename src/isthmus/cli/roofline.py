@@ -8,12 +8,17 @@ from isthmus import records
 from isthmus.arch.cost import By
 from isthmus.arch.plan import Plan
 from isthmus.arch.roofline import Floor, LayerTime, Limits, Precision, merged, merged_times, roofline
-from isthmus.report.tables import console, count, print_table
+from isthmus.report.tables import console, count, print_report, print_table
 
 if TYPE_CHECKING:
     from isthmus.deploy.profile import Profile
 
 __all__ = ["Roofline", "print_roofline", "roofline_document", "roofline_of", "save_roofline"]
+
+NOTE = (
+    "MB: what a layer must read and write. Floor: what takes longer, arithmetic or memory; norms, activations and "
+    "additions, which engines fuse into layers, count nothing."
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,8 +104,9 @@ def print_roofline(found: Roofline, by: By) -> None:
     times, kind = merged_times(found.times, by), by == "layer"
     lines = [line(each, kind=kind) for each in (times or merged(found.floors, by))]
     batch = "1 picture" if found.batch == 1 else f"{found.batch} pictures"
+    threads = "1 thread" if found.limits.threads == 1 else f"{found.limits.threads} threads"
     print_table(
-        f"Roofline: {batch} in {found.precision}, {found.limits.threads} threads of {found.limits.machine}",
+        f"Roofline: {batch} in {found.precision}, {threads} of {found.limits.machine}",
         (
             by,
             *(("kind",) if kind else ()),
@@ -108,10 +114,6 @@ def print_roofline(found: Roofline, by: By) -> None:
             *(("measured ms", "of limit") if times else ()),
         ),
         lines,
-        note=(
-            "MB: what a layer must read and write. Floor: what takes longer, arithmetic or memory;\n"
-            "norms, activations and additions, which engines fuse into layers, count nothing."
-        ),
     )
     rate = found.batch / found.seconds
     console.print(f"  floor {1e3 * found.seconds:.2f} ms: at most {rate:.1f} pictures/s", markup=False)
@@ -122,6 +124,7 @@ def print_roofline(found: Roofline, by: By) -> None:
             f"{found.seconds / seconds:.2f} of the limit",
             markup=False,
         )
+    print_report(NOTE)
 
 
 def line(row: Floor | LayerTime, *, kind: bool) -> list[str]:
