@@ -77,3 +77,8 @@ class MissingExtraError(IsthmusError):
 
     def __init__(self, library: str, extra: str) -> None:
         super().__init__(f'{library} is needed here and not installed: pip install "isthmus[{extra}]"')
+        self.library, self.extra = library, extra
+
+    def __reduce__(self) -> tuple[type["MissingExtraError"], tuple[str, str]]:
+        """So that it comes home from another process."""
+        return type(self), (self.library, self.extra)

@@ -1,6 +1,7 @@
 """The parts of a table predicted by many machines: Ray Data hands them out, and again where a machine is lost."""
 
 import os
+import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,8 +26,9 @@ def check_reachable(address: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """What was raised where a worker ran: the last line of its traceback."""
-    return str(error).strip().splitlines()[-1]
+    """What was raised where a worker ran, out of the traceback that Ray makes of it."""
+    found = re.search(r"^[\w.]*?(\w+(?:Error|Exception): .+)$", str(error), re.MULTILINE)
+    return found[1] if found else first_line(error)
 
 
 class Worker:
