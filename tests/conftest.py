@@ -1,4 +1,4 @@
-"""What every test may use: golden files, real photographs, and one thread a worker, for workers fight for cores."""
+"""What every test may use: golden files, photographs, a small run; one thread a worker, for workers fight for cores."""
 
 import os
 import signal
@@ -9,6 +9,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+
+from isthmus.run import fit
+from isthmus.train.recipes import recipe
+from small_runs import class_folders, weights
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -64,3 +68,25 @@ def photos() -> list[Path]:
     ]
     assert len(found) >= 20
     return found
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Small pictures in two class folders."""
+    return class_folders(tmp_path_factory.mktemp("data") / "pictures", {"flower": 10, "temple": 14})
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights of a small network."""
+    return weights(tmp_path_factory.mktemp("weights") / "plain.safetensors")
+
+
+@pytest.fixture(scope="session")
+def linear(tmp_path_factory: pytest.TempPathFactory, pictures: Path, plain: Path) -> Path:
+    """A finished run of these, the quickest kind."""
+    out = tmp_path_factory.mktemp("runs") / "linear"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ISTHMUS_CACHE", str(out.parent / "cache"))
+        fit(recipe("linear-probe", data=str(pictures), weights=str(plain)), out, report=False)
+    return out

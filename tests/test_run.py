@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from isthmus.data.augment import Augment
 from isthmus.data.sources import DataSet, open_data
 from isthmus.errors import DataError, IsthmusError, RunError, SpecError, WeightsError
 from isthmus.nn.fold import fold
-from isthmus.run import evaluate, fit
+from isthmus.run import evaluate
+from isthmus.run import fit as fit_and_report
 from isthmus.ship import predict
 from isthmus.train.recipe import Recipe
 from isthmus.train.recipes import recipe
@@ -27,6 +29,7 @@ from isthmus.weights.files import WRITERS
 from isthmus.weights.source import open_source
 from small_runs import SPEC, Recorder, class_folders, copied, network, paths, same, same_files, weights
 
+fit = partial(fit_and_report, report=False)  # reports have tests of their own
 LEFT = {".lock", "recipe.toml", "environment.json", "evaluation.json", "log.jsonl", "model.safetensors"}
 TRAINED = LEFT | {"best.safetensors", "checkpoints", "start.safetensors", "tensorboard"}
 
@@ -37,33 +40,18 @@ def cache(tmp_path, monkeypatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("data") / "pictures", {"flower": 10, "temple": 14})
-
-
-@pytest.fixture(scope="session")
-def start(tmp_path_factory) -> dict[str, Path]:
+def start(tmp_path_factory, plain) -> dict[str, Path]:
     """Weights of a network, of the same with its batch norm folded away (as in ONNX files), and one of two classes."""
     folder = tmp_path_factory.mktemp("weights")
     two = network(replace(SPEC, num_classes=2))
     two.classes = ("cat", "dog")
     preact = replace(SPEC, stages=tuple(replace(stage, block="preact_bottleneck") for stage in SPEC.stages))
     return {
-        "plain": weights(folder / "plain.safetensors"),
+        "plain": plain,
         "folded": weights(folder / "folded.safetensors", fold(network())),
         "preact, folded": weights(folder / "preact.safetensors", fold(network(preact))),
         "two": weights(folder / "two.safetensors", two),
     }
-
-
-@pytest.fixture(scope="session")
-def linear(tmp_path_factory, pictures, start) -> Path:
-    """A finished run, the quickest kind."""
-    out = tmp_path_factory.mktemp("runs") / "linear"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ISTHMUS_CACHE", str(out.parent / "cache"))
-        fit(recipe("linear-probe", data=str(pictures), weights=str(start["plain"])), out)
-    return out
 
 
 QUICK = {"epochs": 2, "batch_size": 6, "lr": 1e-3, "precision": "fp32"}
@@ -434,4 +422,4 @@ def test_missing_and_unfinished_runs(tmp_path, pictures):
 
 
 def test_names_of_the_package():
-    assert (isthmus.fit, isthmus.evaluate, isthmus.predict) == (fit, evaluate, predict)
+    assert (isthmus.fit, isthmus.evaluate, isthmus.predict) == (fit_and_report, evaluate, predict)

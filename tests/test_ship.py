@@ -29,35 +29,13 @@ from isthmus.deploy import predictor
 from isthmus.deploy import quantize as int8
 from isthmus.deploy.quantize import Limits
 from isthmus.errors import DataError, EngineError, RecipeError, RunError, SpecError
-from isthmus.run import fit
 from isthmus.ship import predict, predict_table, quantize
-from isthmus.train.recipes import recipe
-from small_runs import SPEC, Recorder, class_folders, network, weights
+from small_runs import SPEC, Recorder, network, weights
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="session")
-def pictures(tmp_path_factory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("data") / "pictures", {"flower": 10, "temple": 14})
-
-
-@pytest.fixture(scope="session")
-def start(tmp_path_factory) -> Path:
-    return weights(tmp_path_factory.mktemp("weights") / "plain.safetensors")
-
-
-@pytest.fixture(scope="session")
-def linear(tmp_path_factory, pictures, start) -> Path:
-    """A finished run, the quickest kind."""
-    out = tmp_path_factory.mktemp("runs") / "linear"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ISTHMUS_CACHE", str(out.parent / "cache"))
-        fit(recipe("linear-probe", data=str(pictures), weights=str(start)), out)
-    return out
 
 
 @pytest.fixture
@@ -310,7 +288,37 @@ def test_an_end_while_parts_are_removed(linear, pictures, tmp_path, small_parts)
     assert pd.read_csv(out)["class_1"].isin(["flower", "temple"]).all()
 
 
-def test_parts_of_another_job_are_not_mixed_in(linear, start, pictures, tmp_path, monkeypatch):
+def test_a_job_goes_on_with_its_engine_where_another_is_chosen_now(
+    linear, pictures, tmp_path, small_parts, monkeypatch
+):
+    """Also where the precision alone is given, as it was; what is unreadable is counted now."""
+    whole, out, given = tmp_path / "whole.csv", tmp_path / "out.csv", {"batch_size": 4, "precision": "fp32"}
+    (tmp_path / "bad.jpg").write_text("no picture")
+    places = [tmp_path / "bad.jpg", pictures]
+    made = predict_table(linear, *places, out=whole, **given)
+    assert (made.pictures, made.predicted, made.unreadable) == (25, 25, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr("isthmus.deploy.job.Job.missing", lambda _: [0])
+        with pytest.raises(RunError, match=r"cannot write .*out\.csv: No such file"):  # the other parts
+            predict_table(linear, *places, out=out, **given)
+    monkeypatch.setattr(pipeline, "FEW", 1)  # now all engines would be timed
+    made = predict_table(linear, *places, out=out, **given)
+    assert (made.pictures, made.predicted, made.unreadable) == (25, 21, 0)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_file_system_without_locks_is_told(linear, pictures, tmp_path, monkeypatch):
+    def none(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(FileLock, "acquire", none)
+    recorder = Recorder()
+    made = predict_table(linear, pictures, out=tmp_path / "out.csv", reporter=recorder)
+    assert made.pictures == 24
+    assert recorder.lines[0] == f"the file system of {made.path} has no locks: let no other command write it"
+
+
+def test_parts_of_another_job_are_not_mixed_in(linear, plain, pictures, tmp_path, monkeypatch):
     out = tmp_path / "out.csv"
     given = {"out": out, "batch_size": 4}
 
@@ -324,7 +332,7 @@ def test_parts_of_another_job_are_not_mixed_in(linear, start, pictures, tmp_path
     with pytest.raises(RunError, match=r"out\.csv\.parts holds parts of another job \(told differ\); .* remove"):
         predict_table(linear, pictures, top=1, **given)
     with pytest.raises(RunError, match=r"another job .*network"):
-        predict_table(start, pictures, **given)
+        predict_table(plain, pictures, **given)
     with pytest.raises(RunError, match=r"another job .*pictures"):
         predict_table(linear, pictures / "flower", **given)
     with (
@@ -357,6 +365,39 @@ def test_every_kind_of_broken_picture_is_told(linear, pictures, tmp_path, small_
     for path, found in good["class_1"].items():
         number = int(Path(path).stem.rpartition("_")[2])
         assert found == alone[str(sources[number % len(sources)])]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_names_that_are_no_text_have_their_bytes(linear, pictures, tmp_path, suffix):
+    folder, out = tmp_path / "odd", tmp_path / f"out{suffix}"
+    folder.mkdir()
+    shutil.copy(pictures / "flower" / "1.png", folder / os.fsdecode(b"caf\xe9.png"))
+    (folder / os.fsdecode(b"\xff.jpg")).write_text("no picture")
+    predict_table(linear, folder, out=out, precision="fp32")
+    rows = read(out)
+    assert rows["path"].tolist() == [rf"{folder}/caf\xe9.png", rf"{folder}/\xff.jpg"]
+    assert rows["error"][1].startswith(rf"{folder}/\xff.jpg is not a picture")
+
+
+def test_classes_that_share_a_name_are_told_apart(pictures, tmp_path, small_parts):
+    """As two of ImageNet do; a name may also have two lines."""
+    net = network()
+    net.classes = ("crane", "two\nlines", "a", "b", "crane", "c", "d")
+    file, told = (
+        weights(tmp_path / "net.safetensors", net),
+        ["crane (0)", "two\nlines", "a", "b", "crane (4)", "c", "d"],
+    )
+    (row,) = predict(file, pictures / "flower" / "0.jpg", top=7, precision="fp32")
+    assert sorted(row.classes) == sorted(told)
+    assert sum(row.probabilities) == pytest.approx(1, abs=1e-5)
+    probabilities = [dict(zip(row.classes, row.probabilities, strict=True))[name] for name in told]
+    for suffix in (".csv", ".parquet"):
+        out = tmp_path / f"out{suffix}"
+        predict_table(file, pictures, out=out, probabilities=True, batch_size=4, precision="fp32")
+        rows = read(out)
+        assert list(rows) == ["path", *(f"probability_{name}" for name in told), "error"]
+        assert len(rows) == 24
+        assert rows.iloc[0, 1:8].tolist() == pytest.approx(probabilities, abs=1e-5)
 
 
 def test_none_that_can_be_read_is_still_a_table(linear, tmp_path):
@@ -427,6 +468,11 @@ def test_bad_requests_for_predictions(linear, pictures, gallery, tmp_path):
         predict_table(linear, pictures, out=tmp_path / "out.csv", features="layer9")
     with pytest.raises(RecipeError, match="int8 is measured by the classes"):
         predict_table(linear, pictures, out=tmp_path / "out.csv", features="layer1", precision="int8")
+    with pytest.raises(RecipeError, match="are two tables"):
+        predict_table(linear, pictures, out=tmp_path / "out.csv", features="layer1", probabilities=True)
+    for wrong in ({"workers": 2}, {"workers": -1, "cluster": "local"}):
+        with pytest.raises(RecipeError, match=r"workers is -?[12]; give 1 or more to a cluster"):
+            predict_table(linear, pictures, out=tmp_path / "out.csv", **wrong)
     with pytest.raises(EngineError, match="fp16 is for GPUs"):
         predict(linear, pictures, engine="openvino", precision="fp16")
     with pytest.raises(RecipeError, match="device 'tpu' is not available here"):
@@ -437,8 +483,8 @@ def test_bad_requests_for_predictions(linear, pictures, gallery, tmp_path):
         predict(headless, pictures)
 
 
-def test_classes_without_names_are_numbered(start, pictures):
-    (row,) = predict(start, pictures / "flower" / "0.jpg", top=3)
+def test_classes_without_names_are_numbered(plain, pictures):
+    (row,) = predict(plain, pictures / "flower" / "0.jpg", top=3)
     assert len(row.classes) == 3
     assert set(row.classes) <= {f"class {number}" for number in range(7)}
 

@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from isthmus.cli.main import app
+from isthmus.evaluation.mistakes import Mistake
 from isthmus.train.recipe import Recipe
 from small_runs import SPEC, class_folders, network, read, same_files, weights
 
@@ -24,25 +25,7 @@ MEASURED = dict.fromkeys(("memory", "pictures_per_second", "time"), 0)  # differ
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory) -> Path:
-    return class_folders(tmp_path_factory.mktemp("data") / "pictures", {"flower": 10, "temple": 14})
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    return weights(tmp_path_factory.mktemp("weights") / "start.safetensors")
-
-
-@pytest.fixture
-def run(isthmus, pictures, start, tmp_path) -> Path:
-    """A finished run."""
-    out = tmp_path / "finished"
-    given = ("--data", str(pictures), "--weights", str(start), "--head", "linear", "--out", str(out))
-    assert isthmus("train", *given).status == 0
-    return out
+    monkeypatch.setattr("isthmus.run.reported", lambda *_: None)  # reports have tests of their own
 
 
 def command(*arguments: str) -> list[str]:
@@ -66,9 +49,9 @@ def test_options(golden):
 # --- what they print
 
 
-def test_from_pictures_to_predictions(isthmus, pictures, start, tmp_path):
+def test_from_pictures_to_predictions(isthmus, pictures, plain, tmp_path):
     out = str(tmp_path / "run")
-    trained = isthmus("train", "--data", str(pictures), "--weights", str(start), "--head", "linear", "--out", out)
+    trained = isthmus("train", "--data", str(pictures), "--weights", str(plain), "--head", "linear", "--out", out)
     assert trained.status == 0
     assert "18 pictures to train on (8 flower, 10 temple), 6 to validate on" in trained.err
     assert "accuracy" in trained.out
@@ -90,15 +73,16 @@ def test_from_pictures_to_predictions(isthmus, pictures, start, tmp_path):
         ]
 
 
-def test_json_is_all_of_the_output(isthmus, pictures, start, tmp_path):
+def test_json_is_all_of_the_output(isthmus, pictures, plain, tmp_path):
     out = str(tmp_path / "run")
-    given = ("--data", str(pictures), "--weights", str(start), "--recipe", "finetune", "--epochs", "1", "--json")
+    given = ("--data", str(pictures), "--weights", str(plain), "--recipe", "finetune", "--epochs", "1", "--json")
     trained = json.loads(isthmus("train", *given, "--head", "linear", "--out", out).out)
     assert trained["run"] == out
     assert trained["seconds"] > 0
     measured = json.loads(isthmus("eval", out, "--json").out)
     assert measured == {name: value for name, value in trained.items() if name not in ("run", "seconds")}
-    assert set(measured) == {"pictures", "loss", "accuracy", "balanced_accuracy", "per_class", "confusion"}
+    kept = {"pictures", "loss", "accuracy", "balanced_accuracy", "calibration", "per_class", "confusion"}
+    assert set(measured) - {"mistakes"} == kept
     whole = json.loads(
         isthmus("eval", str(tmp_path / "run" / "model.safetensors"), "--data", str(pictures), "--json").out
     )
@@ -110,13 +94,13 @@ def test_json_is_all_of_the_output(isthmus, pictures, start, tmp_path):
     assert {row["error"] for row in told} == {""}
 
 
-def test_the_docs_name_every_field_of_a_run(isthmus, pictures, start, tmp_path):
+def test_the_docs_name_every_field_of_a_run(isthmus, pictures, plain, tmp_path):
     told = (Path(__file__).parents[2] / "docs" / "files.md").read_text()
 
     def named(file: str) -> set[str]:
         return set(re.findall(r"`(\w+)`", told.partition(f"## `{file}`")[2].partition("\n## ")[0]))
 
-    given = ("--data", str(pictures), "--weights", str(start))
+    given = ("--data", str(pictures), "--weights", str(plain))
     tuning = ("--freeze", "none", "--head", "linear", "--epochs", "1", "--set", "clip_norm=1.0")
     logged = set()
     for number, options in enumerate([(), tuning]):
@@ -125,12 +109,13 @@ def test_the_docs_name_every_field_of_a_run(isthmus, pictures, start, tmp_path):
         logged |= {name for line in (out / "log.jsonl").read_text().splitlines() for name in json.loads(line)}
     assert logged == named("log.jsonl") - {"clip_norm"}
     scores = json.loads((out / "evaluation.json").read_text())
-    assert {*scores, *scores["per_class"][0], "top5"} == named("evaluation.json")
+    inside = {*scores["per_class"][0], *scores["calibration"], *(each.name for each in fields(Mistake))}
+    assert {*scores, *inside, "mistakes", "top5"} == named("evaluation.json")
 
 
-def test_options_reach_the_recipe(isthmus, pictures, start, tmp_path):
+def test_options_reach_the_recipe(isthmus, pictures, plain, tmp_path):
     given = {
-        "--data": str(pictures), "--weights": str(start), "--freeze": "layer1", "--epochs": "1", "--batch-size": "5",
+        "--data": str(pictures), "--weights": str(plain), "--freeze": "layer1", "--epochs": "1", "--batch-size": "5",
         "--lr": "0.002", "--image-size": "24", "--head": "linear", "--val-fraction": "0.5", "--seed": "3",
     }  # fmt: skip
     settings = ("--set", "augment.vflip=true", "--set", 'views=["identity"]', "--set", "warmup_epochs=0")
@@ -159,10 +144,10 @@ def test_options_reach_the_recipe(isthmus, pictures, start, tmp_path):
         (("--recipe", "linear-probe"), "linear-probe"),
     ],
 )
-def test_the_usual_recipe(isthmus, monkeypatch, start, given, name):
+def test_the_usual_recipe(isthmus, monkeypatch, plain, given, name):
     seen = []
     monkeypatch.setattr("isthmus.run.fit", lambda chosen, *_, **__: seen.append(chosen) or sys.exit(7))
-    assert isthmus("train", "--data", "x", "--weights", str(start), *given).status == 7
+    assert isthmus("train", "--data", "x", "--weights", str(plain), *given).status == 7
     assert seen[0].name == name
 
 
@@ -173,21 +158,21 @@ def test_without_weights_a_network_starts_from_scratch(isthmus, monkeypatch):
     assert (seen[0].name, seen[0].freeze, seen[0].epochs) == ("scratch", "none", 2)
 
 
-def test_unreadable_pictures_are_told_at_the_end(isthmus, run, pictures, tmp_path):
+def test_unreadable_pictures_are_told_at_the_end(isthmus, linear, pictures, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_text("no picture")
-    result = isthmus("predict", str(run), str(broken), str(pictures / "flower" / "1.png"))
+    result = isthmus("predict", str(linear), str(broken), str(pictures / "flower" / "1.png"))
     assert result.status == 0
     assert "1.png" in result.out
     assert "broken.jpg" not in result.out
     first, last = result.err.splitlines()
     assert first.startswith(f"skipped {broken} is not a picture")
     assert last == "1 of 2 pictures could not be read"
-    told = json.loads(isthmus("predict", str(run), str(broken), str(pictures / "flower" / "1.png"), "--json").out)
+    told = json.loads(isthmus("predict", str(linear), str(broken), str(pictures / "flower" / "1.png"), "--json").out)
     assert [bool(row["error"]) for row in told] == [True, False]
 
 
-def test_names_with_brackets_are_printed_as_they_are(isthmus, start, tmp_path):
+def test_names_with_brackets_are_printed_as_they_are(isthmus, plain, tmp_path):
     """They are no markup: neither swallowed nor an error."""
     class_folders(tmp_path, {"flower": 6, "temple": 6})
     root = tmp_path / "set [old]"
@@ -195,7 +180,7 @@ def test_names_with_brackets_are_printed_as_they_are(isthmus, start, tmp_path):
     (tmp_path / "flower").rename(root / "[bold]red")
     (tmp_path / "temple").rename(root / "x[b]")
     out = tmp_path / "run [new]"
-    result = isthmus("train", "--data", str(root), "--weights", str(start), "--head", "linear", "--out", str(out))
+    result = isthmus("train", "--data", str(root), "--weights", str(plain), "--head", "linear", "--out", str(out))
     assert result.status == 0
     assert "(4 [bold]red, 4 x[b])" in result.err
     assert "[bold]red" in result.out
@@ -316,7 +301,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_train_refuses_with_one_message(isthmus, pictures, start, tmp_path, monkeypatch, name):
+def test_train_refuses_with_one_message(isthmus, pictures, plain, tmp_path, monkeypatch, name):
     make, arguments, culprit, mend = REFUSED[name]
     monkeypatch.chdir(tmp_path)
     new = tmp_path / "new"
@@ -324,7 +309,7 @@ def test_train_refuses_with_one_message(isthmus, pictures, start, tmp_path, monk
     before = sorted(tmp_path.rglob("*"))
 
     def filled(text: str) -> str:
-        return text.replace("NEW", str(new)).replace("DATA", str(pictures)).replace("START", str(start))
+        return text.replace("NEW", str(new)).replace("DATA", str(pictures)).replace("START", str(plain))
 
     result = isthmus("train", *map(filled, arguments))
     assert (result.status, result.out) == (2, "")
@@ -335,12 +320,14 @@ def test_train_refuses_with_one_message(isthmus, pictures, start, tmp_path, monk
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written, and code in a file did not run
 
 
-def test_a_run_is_not_overwritten(isthmus, run, pictures, start):
-    before = {path: path.read_bytes() for path in run.iterdir()}
-    result = isthmus("train", "--data", str(pictures), "--weights", str(start), "--out", str(run))
+def test_a_run_is_not_overwritten(isthmus, linear, pictures, plain):
+    before = {path: path.read_bytes() for path in linear.iterdir()}
+    result = isthmus("train", "--data", str(pictures), "--weights", str(plain), "--out", str(linear))
     assert result.status == 2
-    assert result.err == f"isthmus: {run} holds a run already; choose another --out, or go on with --resume {run}\n"
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
+    assert (
+        result.err == f"isthmus: {linear} holds a run already; choose another --out, or go on with --resume {linear}\n"
+    )
+    assert {path: path.read_bytes() for path in linear.iterdir()} == before
 
 
 @pytest.mark.parametrize(
@@ -357,10 +344,10 @@ def test_a_run_is_not_overwritten(isthmus, run, pictures, start):
         (("predict", "RUN", "RUN/recipe.toml"), "none of 1 pictures can be read"),
     ],
 )
-def test_eval_and_predict_refuse_with_one_message(isthmus, run, pictures, start, tmp_path, arguments, culprit):
+def test_eval_and_predict_refuse_with_one_message(isthmus, linear, pictures, plain, tmp_path, arguments, culprit):
     class_folders(tmp_path / "other", {"flower": 2, "brick": 2})
     places = {
-        "NEW": tmp_path / "new", "RUN": run, "DATA": pictures, "START": start, "OTHER": tmp_path / "other",
+        "NEW": tmp_path / "new", "RUN": linear, "DATA": pictures, "START": plain, "OTHER": tmp_path / "other",
     }  # fmt: skip
 
     def filled(text: str) -> str:
@@ -375,10 +362,10 @@ def test_eval_and_predict_refuse_with_one_message(isthmus, run, pictures, start,
     assert filled(culprit) in result.err
 
 
-def test_a_picture_that_fails_while_evaluating_is_named(isthmus, run, tmp_path):
+def test_a_picture_that_fails_while_evaluating_is_named(isthmus, linear, tmp_path):
     root = class_folders(tmp_path / "set", {"flower": 3, "temple": 3})
     (root / "flower" / "9.jpg").write_text("no picture")
-    result = isthmus("eval", str(run), "--data", str(root))
+    result = isthmus("eval", str(linear), "--data", str(root))
     assert result.status == 2
     said, told = result.err.splitlines()
     assert said == f"7 pictures, all of {root}"
@@ -419,7 +406,10 @@ def test_ctrl_c_saves_and_the_rest_gives_the_same_model(isthmus, pictures, tmp_p
 
     environment = os.environ | {"OMP_NUM_THREADS": "1"}  # as here, so that sums are taken in the same order
     with subprocess.Popen(
-        command("train", *given, "--out", str(stopped)), stderr=subprocess.PIPE, text=True, env=environment
+        command("train", *given, "--no-report", "--out", str(stopped)),
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     ) as process:
         assert process.stderr is not None
         lines = iter(process.stderr.readline, "")
