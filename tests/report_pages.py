@@ -40,7 +40,8 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        return " ".join(filter(None, self.words))
+        """With plain spaces."""
+        return " ".join(filter(None, self.words)).replace("\N{NO-BREAK SPACE}", " ").replace("\N{WORD JOINER}", "")
 
     def all(self, tag: str) -> list[dict[str, str | None]]:
         return [attributes for name, attributes in self.tags if name == tag]

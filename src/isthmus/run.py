@@ -9,7 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from isthmus import records
 from isthmus.arch.block import FOLDED
@@ -20,13 +22,15 @@ from isthmus.data.loader import Loader
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import DataSet, open_data
 from isthmus.data.transform import normalise
-from isthmus.errors import DataError, RecipeError, RunError
+from isthmus.errors import DataError, IsthmusError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
-from isthmus.messages import listed
+from isthmus.examine import diagnosis
+from isthmus.messages import first_line, listed
 from isthmus.nn.fold import insert_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
+from isthmus.report.write import LOOKED_AT, write_report
 from isthmus.runtime import Machine, Precision, keep_freed_memory, machine, versions
 from isthmus.train.distributed import World, joined
 from isthmus.train.features import extract, with_head
@@ -76,21 +80,30 @@ def fit(
     resume: bool = False,
     device: str | None = None,
     reporter: Reporter | None = None,
+    report: bool = True,
 ) -> Run:
-    """Train as `recipe` says and leave a run folder: recipe, log, checkpoints, model with metadata, scores.
+    """Train as `recipe` says and leave a run folder: recipe, log, checkpoints, model with metadata, scores, report.
 
     `out` defaults to the next free number under runs/. `data` takes the place of what `recipe.data` names. Under
     torchrun every process calls this, one of them writes, and a process that was started anew resumes. Raises RunError
     when `out` holds a run already (unless `resume`, which takes the run's own recipe), Interrupted (after saving) on
-    Ctrl-C. Nothing is written before data, recipe and weights are known to be sound.
+    Ctrl-C. Nothing is written before data, recipe and weights are known to be sound. Whatever fails in the `report`
+    (`isthmus.report.write`) is told, and the run is whole without it.
     """
     keep_freed_memory()
     with joined(device) as world:
-        return fit_in(world, recipe, out, data, reporter or Reporter(), resume=resume)
+        return fit_in(world, recipe, out, data, reporter or Reporter(), resume=resume, report=report)
 
 
 def fit_in(
-    world: World, recipe: Recipe, out: Path | str, data: DataSet | None, reporter: Reporter, *, resume: bool
+    world: World,
+    recipe: Recipe,
+    out: Path | str,
+    data: DataSet | None,
+    reporter: Reporter,
+    *,
+    resume: bool,
+    report: bool,
 ) -> Run:
     """`fit` as one of the processes of `world`."""
     began, here = time.perf_counter(), machine(world.device)
@@ -107,7 +120,10 @@ def fit_in(
     check_sizes(recipe, net.preprocess, data, world)
     folder = Path(out) if out else free_folder(world)
     with claimed(folder, world, reporter):
-        return fit_there(world, recipe, folder, data, net, here, reporter, began, resume=resume)
+        run = fit_there(world, recipe, folder, data, net, here, reporter, began, resume=resume)
+    if world.main and report:
+        reported(folder, data, here, reporter)
+    return run
 
 
 def fit_there(
@@ -159,6 +175,16 @@ def fit_there(
         save_weights(net.cpu().eval(), folder / MODEL, extra={"metrics": metrics})
         write_text(folder / SCORES, json.dumps(scores.to_dict() | {"data": data.name, "seconds": seconds}, indent=2))
     return Run(folder=folder, scores=scores, seconds=seconds)
+
+
+def reported(folder: Path, data: DataSet, here: Machine, reporter: Reporter) -> None:
+    """Write the report of a finished run; whatever fails there, the run is whole, and the reason is told."""
+    try:
+        looked = partial(diagnosis, folder, data.val, pictures=LOOKED_AT, device=here.device)
+        reporter.say(f"report: {write_report(folder, val=data.val, diagnose=looked)}")
+    except Exception as error:  # noqa: BLE001 - the run took hours
+        reason = str(error) if isinstance(error, IsthmusError) else f"{type(error).__name__}: {first_line(error)}"
+        reporter.say(f"the run is whole, but not its report: {reason}; once mended: isthmus report {folder}")
 
 
 def check_sizes(recipe: Recipe, record: Preprocess, data: DataSet, world: World) -> None:
@@ -237,7 +263,9 @@ def fit_probe(
     net: ResNet, data: DataSet, recipe: Recipe, here: Machine, precision: Precision, reporter: Reporter, world: World
 ) -> tuple[ResNet, Tally, list[Choice]]:
     """The network with a head chosen and trained on features computed once, its validation scores, and the choices."""
-    data = readable(data, net.preprocess, world, reporter) if recipe.unreadable == "skip" else data
+    every, places = data.val, np.arange(len(data.val))
+    if recipe.unreadable == "skip":
+        data, places = readable(data, net.preprocess, world, reporter)
     probes = probes_of(recipe.head, net.stages)
     taps = tuple(dict.fromkeys(tap for probe in probes for tap in probe.taps))
     everything = HeadSpec(taps=taps, pools=("avg", "max"))
@@ -255,8 +283,8 @@ def fit_probe(
     choices = compared(train, probes, recipe, reporter)
     probe = choices[0].probe if choices else probes[0]
     head = fit_head(train, probe, recipe.seed)
-    scores = Tally(data.classes)
-    scores.add(head.logits(val.read_by(probe.head)).mean(0), val.labels)
+    scores = Tally(data.classes, every.name)
+    scores.add(head.logits(val.read_by(probe.head)).mean(0), val.labels, torch.from_numpy(places))
     chosen = with_head(net, probe.head, len(data.classes))
     if unread := net.stages[len(chosen.stages) :]:
         reporter.say(f"the head reads {' + '.join(probe.taps)}, so {' and '.join(unread)} is left out")
@@ -264,10 +292,13 @@ def fit_probe(
     return chosen, scores, choices
 
 
-def readable(data: DataSet, record: Preprocess, world: World, reporter: Reporter) -> DataSet:
-    """The pictures that can be read, all of which are decoded to find out, each process its share."""
+def readable(data: DataSet, record: Preprocess, world: World, reporter: Reporter) -> tuple[DataSet, NDArray[np.int64]]:
+    """The pictures that can be read, and the places of those that validate among all of these.
 
-    def kept(part: str, pictures: Pictures) -> Pictures:
+    All are decoded to find out, each process its share.
+    """
+
+    def kept(part: str, pictures: Pictures) -> NDArray[np.int64]:
         loader = Loader(
             pictures=pictures,
             record=record,
@@ -280,9 +311,10 @@ def readable(data: DataSet, record: Preprocess, world: World, reporter: Reporter
         for _ in loader.epoch(0):
             pass
         gone = left_out(loader, part, world, reporter)
-        return pictures.subset([index for index in range(len(pictures)) if index not in gone]) if gone else pictures
+        return np.setdiff1d(np.arange(len(pictures)), np.array(sorted(gone), np.int64))
 
-    return replace(data, train=kept("train", data.train), val=kept("validation", data.val))
+    train, val = kept("train", data.train), kept("validation", data.val)
+    return replace(data, train=data.train.subset(train), val=data.val.subset(val)), val
 
 
 def shared_features(

@@ -110,7 +110,7 @@ def test_files_that_stand_alone(tmp_path):
     assert (tmp_path / "figure.svg").read_bytes() == (tmp_path / "again.svg").read_bytes()
     save(drawn(), tmp_path / "figure.png")
     with Image.open(tmp_path / "figure.png") as image:
-        assert image.size == (880, 560)
+        assert image.size == (800, 540)
         assert image.convert("RGB").getpixel((1, 1)) == (255, 255, 255)
     with pytest.raises(RunError, match=r"must end in \.svg or \.png"):
         save(drawn(), tmp_path / "figure.gif")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ import pytest
 from isthmus.data.sources import open_data
 from isthmus.errors import RecipeError, RunError
 from isthmus.evaluation.metrics import Tally
-from isthmus.run import evaluate, fit
+from isthmus.run import evaluate
+from isthmus.run import fit as fit_and_report
 from isthmus.train.distributed import World
 from isthmus.train.folder import claimed, free_folder
 from isthmus.train.recipes import recipe
 from isthmus.train.reporter import Reporter
 from small_runs import class_folders, weights
 
+fit = partial(fit_and_report, report=False)  # reports have tests of their own
 HOLDS = """
 import sys
 from pathlib import Path

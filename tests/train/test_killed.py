@@ -75,6 +75,7 @@ class Runs:
         command = [sys.executable, *(many if self.processes > 1 else ()), str(self.root / "lives.py"), "train"]
         begun = (run / "recipe.toml").exists()
         command += ["--resume", str(run)] if begun else [*self.options, "--out", str(run)]
+        command += ["--no-report"]
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -56,7 +56,7 @@ class Runs:
         self.settings = {"ISTHMUS_CACHE": str(root / "cache")}
 
     def alone(self, name: str) -> Path:
-        command = [sys.executable, "-m", "isthmus", "train", *self.options, "--out", str(self.root / name)]
+        command = [sys.executable, "-m", "isthmus", "train", *self.options, "--no-report", "--out", str(self.root / name)]
         subprocess.run(command, env=environment(**self.settings), check=True, capture_output=True)
         return self.root / name
 
@@ -64,6 +64,7 @@ class Runs:
         """Standard output and error of two processes; "rank steps signal" says who is struck when."""
         run = str(self.root / name)
         what = ["--resume", run] if resume else [*self.options, "--out", run]
+        what += ["--no-report"] if restarts or resume or name != "straight" else []
         process = torchrun(str(self.script), "train", *what, restarts=restarts, STRUCK=struck, **self.settings)
         out, error = process.communicate(timeout=300)
         self.status = process.returncode
@@ -81,6 +82,8 @@ def straight(runs) -> Path:
     assert runs.status == 0, error
     assert out.count("accuracy") == 1
     assert error.count("epoch 3/3") == 1
+    assert error.count("report: ") == 1
+    assert (runs.root / "straight" / "report.html").is_file()
     return runs.root / "straight"
 
 

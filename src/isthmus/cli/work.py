@@ -34,6 +34,7 @@ def train(
     val_fraction: float | None = None,
     seed: int | None = None,
     settings: Settings = (),
+    report: bool = True,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -79,6 +80,8 @@ def train(
     settings
         Any setting of the recipe, such as 'augment.vflip=true' or 'views=["identity"]'; may be repeated.
         unreadable=skip goes on without pictures that cannot be read.
+    report
+        Write report.html into the run folder at the end.
     """
     from isthmus.report.terminal import TerminalReporter
     from isthmus.run import fit
@@ -127,7 +130,14 @@ def train(
         if resume is None and (told := rate_for_batch(chosen, named)):
             reporter.say(told)
         try:
-            run = fit(chosen, resume or out or "", resume=resume is not None, device=device, reporter=reporter)
+            run = fit(
+                chosen,
+                resume or out or "",
+                resume=resume is not None,
+                device=device,
+                reporter=reporter,
+                report=report,
+            )
         except Interrupted as stopped:
             reporter.say(str(stopped))
             sys.exit(130)

@@ -63,7 +63,7 @@ LIGHT = {
 }
 """Every colour of the palette by the name of its CSS variable, as it is on a light page."""
 DARK = LIGHT | {"ink": "#e6e9ec", "muted": "#9ba5b0", "grid": "#343b43", "page": "#15181c"}
-WIDTH, HEIGHT, DPI = 440, 280, 72  # at 72 dots an inch a point is a pixel
+WIDTH, HEIGHT, DPI = 400, 270, 72  # at 72 dots an inch a point is a pixel
 PNG_SCALE = 2
 RC: dict[str, Any] = {
     "figure.facecolor": "none",
@@ -84,14 +84,14 @@ RC: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
-    "axes.titlesize": 13,
+    "axes.titlesize": 14,
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib: the same measures everywhere
-    "font.size": 12,
-    "axes.labelsize": 12,
-    "xtick.labelsize": 12,
-    "ytick.labelsize": 12,
-    "legend.fontsize": 12,
+    "font.size": 13,
+    "axes.labelsize": 13,
+    "xtick.labelsize": 13,
+    "ytick.labelsize": 13,
+    "legend.fontsize": 13,
     "legend.frameon": False,
     "lines.linewidth": 2.0,
     "lines.markersize": 5,

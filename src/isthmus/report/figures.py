@@ -72,7 +72,7 @@ def heads_figure(heads: Sequence[dict[str, Any]], chosen: Sequence[str]) -> "Fig
             [row["accuracy"]], [place], marker="o", markersize=10 if mine else 7, color=BLUE if mine else MUTED, ls=""
         )
         axes.annotate(
-            f"{row['accuracy']:.1%}",
+            f"{100 * row['accuracy']:.1f} %",
             (row["accuracy"], place),
             xytext=(10, 0),
             textcoords="offset points",
@@ -130,7 +130,11 @@ def cost_figure(rows: Sequence[dict[str, Any]]) -> "Figure":
         axes.barh(places, parts, height=0.34, color=colour, label=label)
         for place, part, row in zip(places, parts, rows, strict=True):
             axes.annotate(
-                f"{part:.0%}  {count(row[key])}", (part, place), xytext=(5, 0), textcoords="offset points", va="center"
+                f"{100 * part:.0f} % · {count(row[key])}",
+                (part, place),
+                xytext=(5, 0),
+                textcoords="offset points",
+                va="center",
             )
     bare(axes, [row["name"] for row in rows])
     axes.set_xlim(0, 1.45 * max(parts_of(rows)))

@@ -5,7 +5,7 @@ What a folder does not hold is named under `missing`, with the reason; nothing i
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -207,13 +207,12 @@ def recipe_of(folder: Path, missing: list[str]) -> dict[str, Any]:
         missing.append(f"no recipe: {first_line(error)}")
         return {"settings": {}, "changed": []}
     idle = gradient_only() if recipe.freeze == "trunk" else set()
-    usual = {field.name: field.default for field in fields(Recipe)}
-    given = [name for name in usual if getattr(recipe, name) != usual[name]]
-    settings = records.to_dict(recipe)
-    return {
-        "settings": {name: value for name, value in flat(settings).items() if name.partition(".")[0] not in idle},
-        "changed": [name for name in given if name not in idle],
+    usual = flat(records.to_dict(Recipe(data=recipe.data, weights="any"))) | {"weights": ""}
+    settings = {
+        name: value for name, value in flat(records.to_dict(recipe)).items() if name.partition(".")[0] not in idle
     }
+    changed = [name for name, value in settings.items() if name == "data" or value != usual.get(name)]
+    return {"settings": settings, "changed": changed}
 
 
 def flat(settings: Mapping[str, Any], inside: str = "") -> dict[str, Any]:

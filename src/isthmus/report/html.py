@@ -59,12 +59,13 @@ def plotted(
 
 def percent(part: float) -> str:
     """A part of 1 in percent."""
-    return f"{100 * part:.1f} %"
+    return f"{100 * part:.1f}\N{NO-BREAK SPACE}%"
 
 
 def interval(part: Mapping[str, float]) -> str:
     """The ends of an interval of a part of 1."""
-    return f"{100 * part['low']:.1f}–{100 * part['high']:.1f} %"
+    dash = "\N{WORD JOINER}–\N{WORD JOINER}"  # no line ends at it
+    return f"{100 * part['low']:.1f}{dash}{100 * part['high']:.1f}\N{NO-BREAK SPACE}%"
 
 
 @cache
@@ -152,21 +153,36 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
     scores, network, calibration = run["scores"], run["network"], run["calibration"]
     top5, seconds = scores["top5"], run["seconds"]
     found = [
-        ("Accuracy", percent(scores["accuracy"]["value"]), f"95 % interval {interval(scores['accuracy'])}"),
+        ("Accuracy", percent(scores["accuracy"]["value"]), f"{interval(scores['accuracy'])} (95\N{NO-BREAK SPACE}%)"),
         ("Balanced accuracy", percent(scores["balanced_accuracy"]), f"mean of {scores['classes']} classes"),
     ]
     if top5:
         found.append(("Among the first five", percent(top5["value"]), interval(top5)))
     if calibration:
-        found.append(("Calibration error", percent(calibration["expected_error"]), "confidence beside accuracy"))
+        found.append(
+            ("Calibration error", percent(calibration["expected_error"]), lean(Calibration.from_dict(calibration)))
+        )
     found.append(
         ("Parameters", count(network["params"]), " · ".join(map(str, (network["name"], f"{network['size']} px"))))
     )
     if network["macs"]:
-        found.append(("For one picture", f"{count(network['macs'])}MACs", f"{len(network['views'])} × in a prediction"))
+        found.append(("For one picture", macs(network["macs"]), f"{len(network['views'])} × in a prediction"))
     if seconds:
         found.append(("Trained in", lasting(seconds), run["environment"].get("machine", {}).get("name", "")))
     return [{"label": label, "value": value, "note": note} for label, value, note in found]
+
+
+def macs(number: int) -> str:
+    """Multiply-adds in three digits."""
+    scale, unit = (1e9, "GMACs") if number >= 1e8 else (1e6, "MMACs")
+    return f"{number / scale:.3g}\N{NO-BREAK SPACE}{unit}"
+
+
+def lean(found: Calibration) -> str:
+    """Whether a network is too sure of itself, in a few words."""
+    if abs(found.excess) < 0.01:
+        return "as sure as it is right"
+    return f"{'too sure' if found.excess > 0 else 'not sure enough'}, by {100 * abs(found.excess):.1f} points"
 
 
 def lasting(seconds: float) -> str:
@@ -252,16 +268,10 @@ def reliability_of(calibration: Mapping[str, Any] | None) -> tuple[Plot | None, 
     if calibration is None:
         return None, ""
     found = Calibration.from_dict(calibration)
-    excess, error, bins = found.excess, found.expected_error, len(found.count)
-    if abs(excess) < 0.01:
-        lean = "On the whole it is as sure as it is right."
-    elif excess > 0:
-        lean = f"On the whole it is too sure of itself, by {100 * excess:.1f} points."
-    else:
-        lean = f"On the whole it is right more often than it claims, by {-100 * excess:.1f} points."
+    error, bins = found.expected_error, len(found.count)
     rows = [
         (
-            f"{100 * place / bins:.0f}–{100 * (place + 1) / bins:.0f} %",
+            interval({"low": place / bins, "high": (place + 1) / bins}),
             f"{number:,}",
             percent(found.confidence[place] / number),
             percent(found.hits[place] / number),
@@ -277,10 +287,8 @@ def reliability_of(calibration: Mapping[str, Any] | None) -> tuple[Plot | None, 
         rows,
         "Bars and points: how often predictions of a confidence came true. On the dashed line, confidence is accuracy.",
     )
-    return (
-        figure,
-        f"Confidence and accuracy are {percent(error)} apart (expected calibration error, {bins} bins). {lean}",
-    )
+    told = f"Confidence and accuracy are {percent(error)} apart (expected calibration error, {bins} bins)."
+    return figure, f"{told} On the whole it is {lean(found)}."
 
 
 def curves_of(log: Mapping[str, Any], head: Sequence[str]) -> tuple[list[Plot], str]:
@@ -425,14 +433,14 @@ def stages_plot(rows: Sequence[dict[str, Any]]) -> Plot:
 
 def floors_plot(floors: Mapping[str, Any]) -> Plot:
     """The least time of each stage."""
-    rows = floors["rows"]
+    rows, threads = floors["rows"], "1 thread" if floors["threads"] == 1 else f"{floors['threads']} threads"
     return plotted(
         floors_figure(rows),
         "Least time on this machine",
         f"The least time of {len(rows)} parts of the network: {1e3 * floors['seconds']:.2f} ms together",
         ("part", "ms", "binds"),
         [(row["name"], f"{1e3 * row['seconds']:.3f}", row["binds"]) for row in rows],
-        f"{1e3 * floors['seconds']:.2f} ms for one picture in {floors['precision']} on {floors['threads']} threads of "
+        f"{1e3 * floors['seconds']:.2f} ms for one picture in {floors['precision']} on {threads} of "
         f"{floors['machine']}, by its roofline; an engine takes longer (isthmus bench tells how long).",
     )
 
@@ -531,7 +539,7 @@ def recipe_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, and those that are not as usual."""
     rows = [(name, told(value)) for name, value in recipe["settings"].items()]
     changed = set(recipe["changed"])
-    return {"rows": rows, "changed": [row for row in rows if row[0].partition(".")[0] in changed]}
+    return {"rows": rows, "changed": [row for row in rows if row[0] in changed]}
 
 
 def machine_of(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from isthmus.train.folder import ENVIRONMENT, SCORES, evaluation_pictures
 __all__ = ["COMPARISON", "LOOKED_AT", "PAGE", "write_comparison", "write_report"]
 
 PAGE, COMPARISON = "report.html", "comparison.html"
-LOOKED_AT = 32  # pictures of a diagnosis, which is to take seconds
+LOOKED_AT = 16  # pictures of a diagnosis, which is to take seconds
 
 
 def write_report(
