@@ -35,6 +35,24 @@ COMMANDS = (
     (app, "eval", "work:evaluate", "Measure a run on its validation pictures, or on other labelled pictures."),
     (
         app,
+        "diagnose",
+        "diagnose:diagnose",
+        "Tell what ails a network: strips, batch norms, preprocessing, strides and gradients, measured on pictures.",
+    ),
+    (
+        app,
+        "depth",
+        "depth:depth",
+        "Show the same depth with and without shortcuts, with norms and without: gradients, and the first steps.",
+    ),
+    (
+        app,
+        "report",
+        "report:report",
+        "Write what a run reached as a page to read and pass on; of several runs, a page that compares them.",
+    ),
+    (
+        app,
         "predict",
         "predict:predict",
         "Tell the classes of pictures: of a few in the terminal, of millions in a table.",

@@ -4,8 +4,9 @@ import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from cyclopts import Parameter
 from rich.markup import escape
 
 from isthmus.cli.options import Device, Json
@@ -14,15 +15,18 @@ from isthmus.report.tables import console, count, print_table
 __all__ = ["report"]
 
 
-def report(run: Path, *others: Path, out: Path | None = None, device: Device = None, as_json: Json = False) -> None:
+def report(
+    *runs: Annotated[Path, Parameter(required=True)],
+    out: Path | None = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
     """Write what a run reached as a page to read and pass on; of several runs, a page that compares them.
 
     Parameters
     ----------
-    run
-        A run folder.
-    others
-        Run folders to compare it with.
+    runs
+        A run folder, or several to compare.
     out
         The page, ending in .html; report.html in the run folder, or comparison.html here, unless given. Its data are
         written beside it, as .json.
@@ -30,19 +34,22 @@ def report(run: Path, *others: Path, out: Path | None = None, device: Device = N
     from isthmus.examine import diagnosis
     from isthmus.report.terminal import TerminalReporter
     from isthmus.report.write import COMPARISON, LOOKED_AT, write_comparison, write_report
+    from isthmus.runtime import keep_freed_memory
 
-    if others:
-        path = write_comparison((run, *others), out or COMPARISON)
+    several = len(runs) > 1
+    if several:
+        path = write_comparison(runs, out or COMPARISON)
     else:
+        keep_freed_memory()
         with TerminalReporter() as reporter:
-            looked = partial(diagnosis, run, pictures=LOOKED_AT, device=device, reporter=reporter)
-            path = write_report(run, out or "", diagnose=looked)
+            looked = partial(diagnosis, runs[0], pictures=LOOKED_AT, device=device, reporter=reporter)
+            path = write_report(runs[0], out or "", diagnose=looked)
     data = path.with_suffix(".json")
     document = json.loads(data.read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(document, indent=2))  # noqa: T201
         return
-    if others:
+    if several:
         print_runs(document)
     else:
         print_findings(document)
