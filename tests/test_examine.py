@@ -42,7 +42,7 @@ def net(photos):
 def run(folder, tmp_path_factory):
     """A run from nothing whose statistics moved, in batches of 6 pictures."""
     made = recipe("scratch", data=str(folder), arch="test_resnet", image_size=32, epochs=4, batch_size=6, lr=0.02)
-    return fit(replace(made, precision="fp32"), tmp_path_factory.mktemp("runs") / "run").folder
+    return fit(replace(made, precision="fp32"), tmp_path_factory.mktemp("runs") / "run", report=False).folder
 
 
 def test_a_network_at_hand(net, folder):
@@ -88,8 +88,8 @@ def test_a_weight_file(net, folder, tmp_path):
 def test_a_run_on_its_own_validation_pictures(run, folder):
     recorder = Recorder()
     found = diagnosis(run, reporter=recorder)
-    assert recorder.lines == ["24 of 24 validation pictures of the run"]
-    assert found.pictures == 24
+    assert recorder.lines == ["25 of 25 validation pictures of the run"]
+    assert found.pictures == 25
     assert "batch size" in found.checked
     small = next(each for each in found.findings if each.kind == "small_batch")
     assert small.severity == "warning"
@@ -100,11 +100,11 @@ def test_a_run_on_its_own_validation_pictures(run, folder):
 
 def test_a_run_whose_trunk_was_frozen(net, folder, tmp_path):
     start = weights(tmp_path / "net.safetensors", net)
-    out = fit(recipe("linear-probe", data=str(folder), weights=str(start)), tmp_path / "run").folder
+    out = fit(recipe("linear-probe", data=str(folder), weights=str(start)), tmp_path / "run", report=False).folder
     found = diagnosis(out)
     assert found.healthy
     assert any(each.reason == "every block is frozen" for each in found.unchecked)
-    assert {row.mode for row in found.norms} == {"frozen"}
+    assert {row.mode for row in found.norms if not row.name.startswith("fc.")} == {"frozen"}
 
 
 def test_what_was_frozen_at_the_end_of_a_run():
@@ -163,7 +163,7 @@ def test_steps_are_those_of_the_recipe(folder):
 def test_unreadable_pictures_are_left_out_where_the_run_left_them_out(tmp_path):
     data = class_folders(tmp_path / "data", {"flower": 24, "temple": 24})
     made = recipe("scratch", data=str(data), arch="test_resnet", image_size=32, epochs=1, batch_size=16)
-    out = fit(replace(made, precision="fp32", unreadable="skip"), tmp_path / "run").folder
+    out = fit(replace(made, precision="fp32", unreadable="skip"), tmp_path / "run", report=False).folder
     val = isthmus.data.sources.open_data(str(data), val_fraction=made.val_fraction, seed=made.seed).val
     with open(val.name(0), "wb") as file:  # noqa: PTH123 - a name is a text
         file.write(b"no picture")

@@ -17,7 +17,7 @@ from isthmus.errors import DataError, RunError
 from isthmus.nn.batchnorm import freeze_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
-from isthmus.runtime import machine
+from isthmus.runtime import keep_freed_memory, machine
 from isthmus.train.folder import ENVIRONMENT, evaluation_pictures, own_pictures
 from isthmus.train.loss import Objective, class_weights
 from isthmus.train.optim import make_optimizer
@@ -46,6 +46,7 @@ def diagnosis(
     hand stays as it is, bit for bit. Tensors: `isthmus.diagnose.diagnosis.diagnose`. Raises RunError where no pictures
     are named.
     """
+    keep_freed_memory()
     reporter = reporter or Reporter()
     if pictures < 2:
         raise DataError(f"pictures is {pictures}; a diagnosis needs 2 or more, better {PICTURES}")

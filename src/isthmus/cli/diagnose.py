@@ -63,8 +63,10 @@ def print_figures(found: Diagnosis) -> None:
         "Blocks",
         ("block", "weights", "output", "gradient", "at its input", "|dw| / |w|"),
         (block_row(row) for row in found.blocks),
-        note="Norm of the weights, rms of the output, norm of the gradient in the weights and in\n"
-        "the input map of a picture, length of a step over that of the weights (± over steps).",
+    )
+    print_report(
+        "Norm of the weights; rms of the output; norm of the gradient in the weights, and in the input map of a "
+        "picture; length of a step over that of the weights; ± over steps."
     )
     if found.strips:
         print_table(
@@ -81,8 +83,9 @@ def print_figures(found: Diagnosis) -> None:
                 )
                 for row in found.strips
             ),
-            note="A question mark: too few positions for the width to tell.",
         )
+        if not all(row.enough for row in found.strips):
+            print_report("A question mark: too few positions for the width to tell.")
     if found.norms:
         furthest = sorted(found.norms, key=lambda row: row.distance, reverse=True)[:NORMS]
         more = len(found.norms) - len(furthest)
@@ -90,9 +93,11 @@ def print_figures(found: Diagnosis) -> None:
             "Batch norms, furthest off first",
             ("norm", "mode", "shift", "variance", "least", "values", "noise"),
             (norm_row(row) for row in furthest),
-            note="Mean and variance that the running statistics would leave the pictures with: right\n"
-            "are 0 and 1. Least running variance. Values a channel in a batch, noise of its mean."
-            + (f"\n{more} more are nearer; --json has all." if more else ""),
+        )
+        print_report(
+            "Mean and variance that the running statistics would leave the pictures with: right are 0 and 1. Least "
+            "running variance. Values of a channel in a batch, and the noise of their mean."
+            + (f" {more} more are nearer; --json has all." if more else "")
         )
 
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -30,8 +30,8 @@ from isthmus.diagnose.findings import (
     Unchecked,
     worst_first,
 )
-from isthmus.diagnose.hypotheses import FAR, preprocessing_finding, stride_finding, strided, twin
-from isthmus.diagnose.moments import Pass, batch_norms, norm_moments
+from isthmus.diagnose.hypotheses import FAR, behind_strides, preprocessing_finding, stride_finding, strided, twin
+from isthmus.diagnose.moments import Moments, Pass, batch_norms, norm_moments
 from isthmus.diagnose.signals import Loss, MakeOptimizer, Step, gradient_findings, signals, take_steps
 from isthmus.diagnose.strips import strip_findings, strip_unchecked, strip_uses, watched_strips
 from isthmus.messages import listed
@@ -41,7 +41,7 @@ __all__ = ["diagnose"]
 
 AT_ONCE = 32  # pictures a pass
 ENOUGH = 16  # pictures that statistics are judged on
-STEPS, OF = 3, 16  # steps that gradients are measured over, and the most pictures of each
+STEPS, OF = 3, 12  # steps that gradients are measured over, and the most pictures of each
 RATE = 5e-3  # of the steps where nothing else is said: the recipes' usual one
 LONG = 16  # blocks in a row without a shortcut: those of the plain network of 34 layers that He et al. 2015 train
 
@@ -164,14 +164,15 @@ class Examination:
             self.unchecked.append(Unchecked(what=parts, reason=f"only statistics of batch norms tell, and {why}"))
         with batchwise(self.own, self.net):
             normed = norm_moments(self.net, batches)
+        moments = normed.moments
         self.checked.append("modes")
         self.findings += mode_findings(self.own, evaluating, normed.outputs)
         self.findings += momentum_findings(self.own)
-        rows = drifts(self.own, normed.moments, self.batch)
+        rows = drifts(self.own, moments, self.batch)
         if not rows:
             return ()
         self.checked.append("statistics of batch norm")
-        self.findings += zero_variance_findings(self.own, normed.moments)
+        self.findings += zero_variance_findings(self.own, moments)
         if self.batch:
             self.findings += batch_findings(rows, self.batch)
             self.checked.append("batch size")
@@ -181,7 +182,7 @@ class Examination:
             why = f"{len(self.images)} pictures are too few, {ENOUGH} or more tell"
             self.unchecked.append(Unchecked(what="stale statistics, preprocessing, place of strides", reason=why))
             return rows
-        told = [*self.preprocessing(rows, next(iter(normed.moments))), *self.strides(batches, normed)]
+        told = [*self.preprocessing(rows, moments), *self.strides(batches, normed)]
         self.findings += told
         if told:
             again = (
@@ -189,21 +190,21 @@ class Examination:
             )
             self.unchecked.append(Unchecked(what="stale statistics", reason=again))
         elif any(map(adrift, rows)):
-            exact = self.with_statistics(normed)
+            exact = self.with_statistics(moments)
             outputs = torch.cat([exact(batch) for batch in batches])
             self.findings += stale_finding(self.own, rows, evaluating=evaluating, precise=outputs, labels=self.labels)
         return rows
 
-    def with_statistics(self, normed: Pass) -> ResNet:
+    def with_statistics(self, moments: Mapping[str, Moments]) -> ResNet:
         """The network with exact statistics in every norm that is not frozen; its weights are shared."""
         other = copy.deepcopy(self.net, {id(each): each for each in self.net.parameters()})
         for name, norm in batch_norms(other).items():
-            if name in normed.moments and norm.running_mean is not None and mode_of(self.own, name) != "frozen":
-                norm.get_buffer("running_mean").copy_(normed.moments[name].mean)
-                norm.get_buffer("running_var").copy_(normed.moments[name].variance)
+            if name in moments and norm.running_mean is not None and mode_of(self.own, name) != "frozen":
+                norm.get_buffer("running_mean").copy_(moments[name].mean)
+                norm.get_buffer("running_var").copy_(moments[name].variance)
         return other
 
-    def preprocessing(self, rows: Sequence[NormDrift], first: str) -> list[Finding]:
+    def preprocessing(self, rows: Sequence[NormDrift], moments: Mapping[str, Moments]) -> list[Finding]:
         """Whether the pictures fit the first norm better when they are prepared otherwise.
 
         The first norm makes good most of it, so where the others are off too, it is the statistics that are.
@@ -211,14 +212,15 @@ class Examination:
         if self.images.dtype != torch.uint8:
             self.unchecked.append(Unchecked(what="preprocessing", reason="the pictures came prepared, not as uint8"))
             return []
+        first = next(iter(moments))  # in the order of the run
         if all(row.name != first for row in rows):
             self.unchecked.append(Unchecked(what="preprocessing", reason="the first norm keeps no statistics"))
             return []
         self.checked.append("preprocessing")
         if median([row.distance for row in rows if row.name != first] or [0.0]) > FAR:
             return []
-        pictures = self.images[:: -(-len(self.images) // AT_ONCE)]
-        return preprocessing_finding(self.net, pictures, first)
+        pictures = self.images[:: len(self.images) // ENOUGH][:ENOUGH]
+        return preprocessing_finding(self.net, pictures, first, moments[first])
 
     def strides(self, batches: Sequence[Tensor], normed: Pass) -> list[Finding]:
         """Whether the statistics fit strides on the blocks' other convolutions better."""
@@ -226,10 +228,10 @@ class Examination:
         if not blocks:
             return []
         self.checked.append("place of strides")
-        other, first = twin(self.net), len(batches[0])
+        other, behind = twin(self.net), behind_strides(self.net)
         with batchwise(self.own, other):
-            flipped = norm_moments(other, batches[:1])
-        built = {name: moments.of_first(first) for name, moments in normed.moments.items()}
+            flipped = norm_moments(other, batches[:1], behind)
+        built = {name: normed.batches[name][0] for name in flipped.batches}
         return stride_finding(self.net, built, flipped.moments)
 
     def signals(self, scales: dict[str, float], make_optimizer: MakeOptimizer, loss: Loss) -> tuple[BlockSignals, ...]:
@@ -286,20 +288,22 @@ class Examination:
 
 @contextmanager
 def batchwise(own: ResNet, net: ResNet) -> Iterator[None]:
-    """A context in which the norms of `net`, a copy of `own`, that are not frozen normalise by the batch and keep
-    their running statistics; the rest of it evaluates.
+    """A context in which the norms of `net`, a copy of `own`, that are not frozen normalise by the batch, of which they
+    keep the statistics until the next; the rest of it evaluates. Behind it all is as before.
     """
     norms = [norm for name, norm in batch_norms(net).items() if mode_of(own, name) != "frozen"]
-    momenta = [norm.momentum for norm in norms]
+    held = [(norm.momentum, [(each, each.clone()) for each in norm.buffers()]) for norm in norms]
     try:
         for norm in norms:
             norm.train()
-            norm.momentum = 0.0
+            norm.momentum = 1.0
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
+        for norm, (momentum, buffers) in zip(norms, held, strict=True):
             norm.eval()
             norm.momentum = momentum
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 def not_finite(net: nn.Module) -> list[Finding]:

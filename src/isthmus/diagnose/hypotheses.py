@@ -17,7 +17,7 @@ from isthmus.arch.preprocess import IMAGENET, ChannelOrder, Preprocess
 from isthmus.arch.variants import name_of
 from isthmus.diagnose.copies import inputs
 from isthmus.diagnose.findings import Finding
-from isthmus.diagnose.moments import Moments, batch_norms, picture_moments
+from isthmus.diagnose.moments import Moments, batch_norms
 from isthmus.messages import listed
 from isthmus.nn.batchnorm import BatchNorm
 from isthmus.nn.network import ResNet
@@ -25,6 +25,7 @@ from isthmus.nn.network import ResNet
 __all__ = [
     "FAR",
     "Fit",
+    "behind_strides",
     "compared",
     "fit_of_strides",
     "fits_of_preprocessing",
@@ -91,8 +92,7 @@ def moments_before(net: nn.Module, norm: str, x: Tensor) -> Moments:
         pass
     finally:
         handle.remove()
-    means, variances = picture_moments(kept[0])
-    return Moments(means=means, variances=variances, values=kept[0][0, 0].numel())
+    return Moments.of(kept[0])
 
 
 class Fit(NamedTuple):
@@ -145,8 +145,14 @@ def fits_of_preprocessing(net: ResNet, images: Tensor, norm: str) -> dict[str, F
     }
 
 
-def preprocessing_finding(net: ResNet, images: Tensor, norm: str) -> list[Finding]:
-    """The hypothesis that fits the statistics of the first norm clearly better than the network's own record."""
+def preprocessing_finding(net: ResNet, images: Tensor, norm: str, moments: Moments) -> list[Finding]:
+    """The hypothesis that fits the statistics of the first norm clearly better than the network's own record.
+
+    `moments` are those of all pictures, prepared as the record says; where they fit, no hypothesis is tried.
+    """
+    module = batch_norms(net)[norm]
+    if compared([(module, moments, moments)]).own < FAR:
+        return []
     fits = fits_of_preprocessing(net, images, norm)
     words = min(fits, key=lambda each: fits[each].other)
     fit = fits[words]
@@ -191,13 +197,18 @@ def twin(net: ResNet) -> ResNet:
     return other
 
 
+def behind_strides(net: ResNet) -> list[str]:
+    """The norms behind the 3×3 of these blocks."""
+    kinds = {block.name: block.spec.kind for block in net.plan.blocks}
+    return [f"{block}.{BEHIND[kinds[block]]}" for block in strided(net)]
+
+
 def fit_of_strides(net: ResNet, built: Mapping[str, Moments], flipped: Mapping[str, Moments]) -> Fit | None:
     """The norms behind the 3×3 of strided blocks between the network as built and its twin; None where none tells."""
     norms = batch_norms(net)
-    names = [f"{block}.{BEHIND[net.get_submodule(block).spec.kind]}" for block in strided(net)]  # type: ignore[union-attr,index]
     rows = [
         (norms[name], built[name], flipped[name])
-        for name in names
+        for name in behind_strides(net)
         if name in built and norms[name].running_mean is not None
     ]
     return compared(rows) if rows else None

@@ -1,39 +1,61 @@
-"""Moments of what a network's batch norms are given, picture by picture."""
+"""Moments of what a network's batch norms are given."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.nn.batchnorm import BatchNorm
 
-__all__ = ["Moments", "Pass", "batch_norms", "norm_moments", "picture_moments"]
+__all__ = ["Moments", "Pass", "batch_norms", "norm_moments"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Moments:
-    """Of each picture and channel, in fp64 on the CPU: mean and biased variance (pictures, channels) of `values`."""
+    """Of each channel over pictures of `values` values each: mean and Bessel-corrected variance (C,), as running ones.
 
-    means: Tensor
-    variances: Tensor
+    `pictures` are the means of the single pictures (N, C). All in fp64 on the CPU.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    pictures: Tensor
     values: int
 
-    @property
-    def mean(self) -> Tensor:
-        """Of each channel over all pictures: (channels,)."""
-        return self.means.mean(0)
+    @classmethod
+    def of(cls, x: Tensor, norm: BatchNorm | None = None) -> Self:
+        """Those of a map (N, C, *size); of one that `norm` has just taken with momentum 1, by what it kept of it."""
+        over = tuple(range(2, x.ndim))
+        pictures = x.mean(over) if over else x
+        if norm is not None:
+            mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
+        else:
+            variance, mean = torch.var_mean(x, (0, *over))
+        return cls(
+            mean=mean.cpu().double(),
+            variance=variance.cpu().double(),
+            pictures=pictures.cpu().double(),
+            values=x[0, 0].numel(),
+        )
 
-    @property
-    def variance(self) -> Tensor:
-        """Of each channel over all pictures, with Bessel's correction, as running variances have it: (channels,)."""
-        count = max(len(self.means) * self.values, 2)
-        within, between = self.variances.mean(0), self.means.var(0, correction=0)
-        return (within + between) * (count / (count - 1))
-
-    def of_first(self, pictures: int) -> "Moments":
-        """The moments of the first pictures alone."""
-        return Moments(means=self.means[:pictures], variances=self.variances[:pictures], values=self.values)
+    @classmethod
+    def together(cls, parts: Sequence["Moments"]) -> Self:
+        """Those of several batches, by the law of total variance."""
+        values = parts[0].values
+        counts = [len(part.pictures) * values for part in parts]
+        every = sum(counts)
+        mean = sum((part.mean * (count / every) for part, count in zip(parts, counts, strict=True)), torch.zeros(()))
+        squares = sum(
+            (
+                part.variance * (count - 1) + (part.mean - mean).square() * count
+                for part, count in zip(parts, counts, strict=True)
+            ),
+            torch.zeros(()),
+        )
+        pictures = torch.cat([part.pictures for part in parts])
+        return cls(mean=mean, variance=squares / (every - 1), pictures=pictures, values=values)
 
     def noise(self, batch: int) -> float:
         """Standard error of the mean of `batch` pictures, in standard deviations of a channel, rms over channels.
@@ -41,16 +63,21 @@ class Moments:
         Pictures are drawn, not values: those of one picture belong together.
         """
         varies = self.variance > 0
-        between = self.means.var(0)[varies] / self.variance[varies]
+        between = self.pictures.var(0)[varies] / self.variance[varies]
         return float((between.mean() / batch).sqrt()) if len(between) else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pass:
-    """What a run over pictures left: the moments of each norm's input by its name, and the outputs (N, outputs)."""
+    """What a run over batches left: the moments of each norm's input in each by its name, and the outputs (N, n)."""
 
-    moments: dict[str, Moments]
+    batches: dict[str, list[Moments]]
     outputs: Tensor
+
+    @property
+    def moments(self) -> dict[str, Moments]:
+        """Of all batches together."""
+        return {name: Moments.together(parts) for name, parts in self.batches.items()}
 
 
 def batch_norms(net: nn.Module) -> dict[str, BatchNorm]:
@@ -58,37 +85,26 @@ def batch_norms(net: nn.Module) -> dict[str, BatchNorm]:
     return {name: module for name, module in net.named_modules() if isinstance(module, BatchNorm)}
 
 
-def picture_moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each picture and channel of (N, C, *size): fp64 (N, C) each, on the CPU."""
-    if x.ndim == 2:
-        return x.cpu().double(), torch.zeros(x.shape, dtype=torch.float64)
-    variances, means = torch.var_mean(x, tuple(range(2, x.ndim)), correction=0)
-    return means.cpu().double(), variances.cpu().double()
-
-
 @torch.no_grad()
-def norm_moments(net: nn.Module, batches: Sequence[Tensor]) -> Pass:
-    """Run batches through `net` in the mode that it is in, and keep the moments of what each batch norm is given."""
-    kept: dict[str, list[tuple[Tensor, Tensor, int]]] = {}
+def norm_moments(net: nn.Module, batches: Sequence[Tensor], names: Collection[str] | None = None) -> Pass:
+    """Run batches through `net` in the mode that it is in, and keep the moments of what its batch norms are given.
 
-    def keep(name: str, x: Tensor) -> None:
-        kept.setdefault(name, []).append((*picture_moments(x), x[0, 0].numel()))
+    Of all norms, or of those in `names`. Norms that train must do so with momentum 1.
+    """
+    kept: dict[str, list[Moments]] = {}
+
+    def keep(name: str, norm: BatchNorm, x: Tensor) -> None:
+        known = norm.training and norm.running_mean is not None
+        kept.setdefault(name, []).append(Moments.of(x, norm if known else None))
 
     handles = [
-        norm.register_forward_pre_hook(lambda _norm, inputs, name=name: keep(name, inputs[0]))
+        norm.register_forward_hook(lambda norm, inputs, _output, name=name: keep(name, norm, inputs[0]))
         for name, norm in batch_norms(net).items()
+        if names is None or name in names
     ]
     try:
         outputs = torch.cat([net(batch) for batch in batches])
     finally:
         for handle in handles:
             handle.remove()
-    moments = {
-        name: Moments(
-            means=torch.cat([means for means, _, _ in parts]),
-            variances=torch.cat([variances for _, variances, _ in parts]),
-            values=parts[0][2],
-        )
-        for name, parts in kept.items()
-    }
-    return Pass(moments=moments, outputs=outputs)
+    return Pass(batches=kept, outputs=outputs)

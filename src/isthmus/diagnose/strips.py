@@ -37,8 +37,8 @@ class Strip:
 
     def add(self, x: Tensor) -> None:
         """Count a batch (N, C, *size): all of it for the highest values, MOST positions for the covariance."""
-        highest = x.transpose(0, 1).flatten(1).amax(1).cpu()
-        rows = x.flatten(2).transpose(1, 2).flatten(0, 1)
+        highest = x.amax((0, *range(2, x.ndim))).cpu()
+        rows = x.movedim(1, -1).flatten(0, -2)  # a view of maps in channels_last
         step = -(-len(rows) // MOST)
         step += step % 2 == 0 and step > 1  # odd, so that it meets every column of a map
         rows = rows[::step].cpu().double()
