@@ -13,6 +13,19 @@ from isthmus.report.tables import count
 __all__ = ["comparison", "comparison_page"]
 
 CLASSES = 20  # in which the runs differ most
+SCORES = (
+    "run",
+    "accuracy",
+    "95 % interval",
+    "balanced",
+    "top 5",
+    "loss",
+    "calibration error",
+    "pictures",
+    "parameters",
+    "MACs",
+    "trained in",
+)
 Documents = Sequence[Mapping[str, Any]]
 
 
@@ -27,7 +40,7 @@ def comparison(runs: Documents) -> dict[str, Any]:
         "runs": [row_of(name, run) for name, run in zip(names, runs, strict=True)],
         "same_pictures": same_pictures(runs),
         "classes": class_differences(runs),
-        "settings": differences([run["recipe"]["settings"] for run in runs]),
+        "settings": setting_differences(runs),
         "versions": differences([run["environment"].get("versions", {}) for run in runs]),
         "machines": differences([machine(run["environment"]) for run in runs]),
         "missing": [f"{name}: {line}" for name, run in zip(names, runs, strict=True) for line in run["missing"]],
@@ -90,6 +103,13 @@ def differences(settings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if any(value != row["values"][0] for value in row["values"])]
 
 
+def setting_differences(runs: Documents) -> list[dict[str, Any]]:
+    """The settings that set runs apart; one that has no meaning in some counts where another run changed it."""
+    changed = {name for run in runs for name in run["recipe"]["changed"]}
+    rows = differences([run["recipe"]["settings"] for run in runs])
+    return [row for row in rows if row["name"] in changed or None not in row["values"]]
+
+
 def machine(environment: Mapping[str, Any]) -> dict[str, Any]:
     """Where a run was trained."""
     return {
@@ -104,13 +124,15 @@ def comparison_page(found: Mapping[str, Any], runs: Documents) -> str:
     rows = found["runs"]
     names = [row["name"] for row in rows]
     best = max(rows, key=lambda row: row["accuracy"]["value"])
+    five = any(row["top5"] for row in rows)
     return made_page(
         "comparison.html",
         title=" · ".join(names),
         found=found,
         names=names,
         verdict=verdict(rows, best),
-        scores=[score_row(row) for row in rows],
+        columns=[name for name in SCORES if five or name != "top 5"],
+        scores=[score_row(row, five=five) for row in rows],
         figure=accuracy_plot(rows),
         curves=curves(names, runs),
         classes=[
@@ -140,15 +162,15 @@ def verdict(rows: Documents, best: Mapping[str, Any]) -> str:
     return f"{lead} Its interval overlaps with no other."
 
 
-def score_row(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A run's scores and cost in words."""
+def score_row(row: Mapping[str, Any], *, five: bool) -> tuple[str, ...]:
+    """A run's scores and cost in words, in the order of SCORES."""
     macs = "–" if row["macs"] is None else f"{count(row['macs'])}" + (f" × {row['views']}" if row["views"] > 1 else "")
     return (
         row["name"],
         percent(row["accuracy"]["value"]),
         interval(row["accuracy"]),
         percent(row["balanced_accuracy"]),
-        "–" if row["top5"] is None else percent(row["top5"]["value"]),
+        *((("–" if row["top5"] is None else percent(row["top5"]["value"])),) if five else ()),
         number(row["loss"]),
         "–" if row["expected_error"] is None else percent(row["expected_error"]),
         f"{row['pictures']:,}",

@@ -79,6 +79,7 @@ RC: dict[str, Any] = {
     "grid.color": GRID,
     "grid.linewidth": 1.0,
     "axes.grid": True,
+    "axes.formatter.useoffset": False,  # 1.0986 is no 0.0006 above a small +1.098
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,

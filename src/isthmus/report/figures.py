@@ -37,8 +37,10 @@ class Line:
 
 
 @styled()
-def line_figure(lines: Sequence[Line], *, across: str, up: str, percent: bool = False, log: bool = False) -> "Figure":
-    """Lines over a common axis; a legend where there are several."""
+def line_figure(lines: Sequence[Line], *, across: str, up: str, percent: bool = False) -> "Figure":
+    """Lines over a common axis of whole numbers; a legend where there are several."""
+    from matplotlib.ticker import MaxNLocator
+
     figure, axes = chart()
     for line in lines:
         place = line.place % len(SERIES)
@@ -52,8 +54,7 @@ def line_figure(lines: Sequence[Line], *, across: str, up: str, percent: bool = 
         )
     axes.set_xlabel(across)
     axes.set_ylabel(up)
-    if log:
-        axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     if percent:
         in_percent(axes, "y")
     if len(lines) > 1:

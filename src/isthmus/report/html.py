@@ -166,7 +166,7 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Parameters", count(network["params"]), " · ".join(map(str, (network["name"], f"{network['size']} px"))))
     )
     if network["macs"]:
-        found.append(("For one picture", macs(network["macs"]), f"{len(network['views'])} × in a prediction"))
+        found.append(("Multiply-adds", macs(network["macs"]), f"a picture; {len(network['views'])} × in a prediction"))
     if seconds:
         found.append(("Trained in", lasting(seconds), run["environment"].get("machine", {}).get("name", "")))
     return [{"label": label, "value": value, "note": note} for label, value, note in found]
@@ -174,7 +174,7 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
 
 def macs(number: int) -> str:
     """Multiply-adds in three digits."""
-    scale, unit = (1e9, "GMACs") if number >= 1e8 else (1e6, "MMACs")
+    scale, unit = next((each for each in ((1e9, "G"), (1e6, "M")) if number >= each[0]), (1e3, "k"))
     return f"{number / scale:.3g}\N{NO-BREAK SPACE}{unit}"
 
 
@@ -237,7 +237,7 @@ def classes_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "title": f"The {WORST} classes that are found least" if many else "By class",
         "caption": (f"Of {len(rows)} classes. " if many else "")
-        + "Found: the part of its pictures that got its name, with the 95 % interval.",
+        + "Found: the part of its pictures that got its name, with the 95\N{NO-BREAK SPACE}% interval.",
         "rows": rows[:WORST],
     }
 
