@@ -55,10 +55,19 @@ def test_half_precision(found):
     assert relative_error(found["half precision"], rank_checks.half_precision(World())) <= 2e-2
 
 
-@pytest.mark.parametrize("check", ["scores", "evaluated"])
-def test_scores_over_uneven_shares(found, check):
-    wanted = rank_checks.CHECKS[check](World())
-    assert found[check] == wanted | {"loss": pytest.approx(wanted["loss"], rel=1e-12)}
+def near(values, rel):
+    """Plain values whose numbers may be off by that."""
+    if isinstance(values, dict):
+        return {name: near(value, rel) for name, value in values.items()}
+    if isinstance(values, list):
+        return [near(value, rel) for value in values]
+    return pytest.approx(values, rel=rel) if isinstance(values, float) else values
+
+
+@pytest.mark.parametrize(("check", "rel"), [("scores", 1e-12), ("evaluated", 1e-6)])
+def test_scores_over_uneven_shares(found, check, rel):
+    """Those of a network are of batches of other sizes, which are summed in another order."""
+    assert found[check] == near(rank_checks.CHECKS[check](World()), rel)
 
 
 def test_sums_votes_and_gatherings(found):
