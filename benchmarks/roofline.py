@@ -23,7 +23,7 @@ from isthmus.arch.variants import variant
 from isthmus.deploy.engines import ENGINES, Model, Work
 from isthmus.deploy.limits import measured_limits
 from isthmus.deploy.profile import Profile, layer_times, profile
-from measure import interleaved, spread, write_result
+from measure import interleaved, spread, table, told, write_result
 
 NETWORKS = ("resnet50", "resnext50_32x4d", "resnet50d")
 WAYS = [(batch, precision) for batch in (1, 16) for precision in ("fp32", "bf16")]
@@ -72,7 +72,9 @@ def main() -> None:
     arguments = parser.parse_args()
     names, ways = (NETWORKS[:1], WAYS[:2]) if arguments.trial else (NETWORKS, WAYS)
     before = measured_limits()
-    ranked = [ranking(*way, arguments.runs, before) for way in ways if way != (16, "fp32")]
+    models = {spec.name: Model(isthmus.create(spec).eval()) for spec in RANKED}
+    ranked = [ranking(*way, models, arguments.runs, before) for way in ways if way != (16, "fp32")]
+    models.clear()
     taken = {name: profiles(name, ways, arguments.rounds) for name in names}
     limits = highest(before, measured_limits())
     rows = [case(name, way, found, limits) for name in names for way, found in taken[name].items()]
@@ -89,12 +91,11 @@ def main() -> None:
             name: round(rate / 1e9) for name in ("fp32", "bf16", "int8") if (rate := getattr(limits, name))
         },
         "limits, GB/s": {f"{each.size >> 10} KiB": round(each.rate / 1e9, 1) for each in limits.bandwidth},
-        "latencies": [each["rows"] for each in ranked],
     }
     if arguments.trial:
         print(summary)
         return
-    write_result("roofline", __doc__, summary, rows)
+    write_result("roofline", __doc__, summary, rows, "\n\n".join(each["latencies"] for each in ranked))
 
 
 def least(rows: list[dict]) -> float:
@@ -156,10 +157,10 @@ def case(name: str, way: tuple[int, str], rounds: list[Profile], limits: Limits)
     return row
 
 
-def ranking(batch: int, precision: str, runs: int, limits: Limits) -> dict:
+def ranking(batch: int, precision: str, models: dict[str, Model], runs: int, limits: Limits) -> dict:
     """The networks in the order of their floors, of their multiply-adds and of their latencies."""
     middle = cost("resnet50").macs
-    plans = {spec.name: plan(spec) for spec in RANKED}
+    plans = {name: model.net.plan for name, model in models.items()}
     macs = {name: cost(each).macs for name, each in plans.items()}
     if wrong := [name for name, each in macs.items() if abs(each / middle - 1) > WITHIN]:
         raise ValueError(wrong)
@@ -169,24 +170,33 @@ def ranking(batch: int, precision: str, runs: int, limits: Limits) -> dict:
     }
     images = np.random.default_rng(0).standard_normal((batch, 3, 224, 224)).astype(np.float32)
 
-    def call(spec: NetSpec) -> Callable[[], object]:
-        run = ENGINES[ENGINE].open(Model(isthmus.create(spec).eval()), precision, Work(shape=images.shape))
+    def call(model: Model) -> Callable[[], object]:
+        run = ENGINES[ENGINE].open(model, precision, Work(shape=images.shape))
         return lambda: run(images)
 
-    times = interleaved({spec.name: call(spec) for spec in RANKED}, runs=runs, warm_up=2, pause=PAUSE)
+    times = interleaved({name: call(model) for name, model in models.items()}, runs=runs, warm_up=2, pause=PAUSE)
     medians = {name: statistics.median(each) for name, each in times.items()}
+    latencies = table(
+        (f"b{batch} {precision}", "GMACs", "floor, ms", "measured, ms", "floor over measured"),
+        (
+            (
+                name,
+                f"{macs[name] / 1e9:.2f}",
+                f"{1e3 * floors[name]:.1f}",
+                told(spread([1e3 * each for each in times[name]])),
+                f"{floors[name] / medians[name]:.2f}",
+            )
+            for name in sorted(medians, key=medians.__getitem__)
+        ),
+    )
     found = {
         "batch": batch,
         "precision": precision,
         "floors": correlation(floors, medians),
         "MACs": correlation(macs, medians),
-        "rows": {
-            name: f"{macs[name] / 1e9:.2f} GMACs, floor {1e3 * floors[name]:.1f}, measured {1e3 * medians[name]:.1f} "
-            f"ms ({1e3 * min(times[name]):.1f} to {1e3 * max(times[name]):.1f})"
-            for name in sorted(medians, key=medians.__getitem__)
-        },
+        "latencies": latencies,
     }
-    print(found, flush=True)
+    print(f"floors {found['floors']:.2f}, MACs {found['MACs']:.2f}\n{latencies}", flush=True)
     return found
 
 
