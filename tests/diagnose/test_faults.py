@@ -197,7 +197,7 @@ def test_stale_statistics(subject, settling, shown, fault):
 def test_what_is_left_of_starting_values_is_told(shown, settling):
     net = trained(made(shrunk("resnet26")), *settling, steps=8)
     finding = only(diagnose(net, *shown), "stale_statistics")
-    assert "after 8 batches, 43% of it is still the value before training" in finding.found
+    assert "after 8 batches, 43% of it is what it was before them" in finding.found
 
 
 def test_frozen_statistics_are_noted(subject, shown):

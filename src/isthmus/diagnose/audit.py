@@ -303,15 +303,11 @@ def told(row: NormDrift) -> str:
 
 
 def left_over(net: ResNet, name: str) -> str:
-    """What a norm's counter says of how much of its starting values is left; empty where that is little."""
+    """What a norm's counter says of how much is left of the values it began with; empty where that is little."""
     norm: Any = net.get_submodule(name)
     steps, momentum = int(norm.num_batches_tracked or 0), norm.momentum
     rest = (1 - momentum) ** steps if momentum else 0.0
-    return (
-        f" (after {steps} batches, {rest:.0%} of it is still the value before training)"
-        if steps and rest > 0.05
-        else ""
-    )
+    return f" (after {steps} batches, {rest:.0%} of it is what it was before them)" if steps and rest > 0.05 else ""
 
 
 def fits_better(evaluating: Tensor, precise: Tensor, labels: Tensor) -> bool:
