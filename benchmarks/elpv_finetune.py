@@ -36,7 +36,7 @@ def main() -> None:
         for name, settings in SETTINGS.items():
             with tempfile.TemporaryDirectory() as folder:
                 chosen = override(recipe(name, data="elpv", weights="demo"), settings)
-                run = fit(chosen, Path(folder) / "run", data=data)
+                run = fit(chosen, Path(folder) / "run", data=data, report=False)
             row |= {
                 f"{name} correct": run.scores.correct,
                 f"{name} accuracy": run.scores.accuracy,

@@ -40,7 +40,7 @@ def speed(model: Model) -> dict[str, float]:
 
 def split_row(split: int, folder: Path) -> dict[str, object]:
     """One split: what was measured, with all layers in int8 first and as it was taken in the end."""
-    run = fit(recipe("probe", data=f"elpv:{split}", weights="demo"), folder).folder
+    run = fit(recipe("probe", data=f"elpv:{split}", weights="demo"), folder, report=False).folder
     try:
         int8 = quantize(run)
     except PrecisionError as error:

@@ -37,7 +37,7 @@ def started(run: Path, data: Path, processes: int) -> subprocess.Popen[bytes]:
     settings = [each for setting in SETTINGS for each in ("--set", setting)]
     options = ("--resume", run) if begun else (*new, *settings, "--out", run)
     return subprocess.Popen(
-        [sys.executable, *many, "-m", "isthmus", "train", *options],
+        [sys.executable, *many, "-m", "isthmus", "train", *options, "--no-report"],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=(run.parent / f"{run.name}.txt").open("ab"),

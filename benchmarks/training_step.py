@@ -109,7 +109,7 @@ def a_run(pictures: Path, batch: int, device: str, precision: Any, memory: Any =
         )
         watch = Stopwatch()
         with tempfile.TemporaryDirectory() as folder:
-            isthmus.fit(recipe, Path(folder) / "run", data=data, device=device, reporter=watch)
+            isthmus.fit(recipe, Path(folder) / "run", data=data, device=device, reporter=watch, report=False)
         return watch.seconds
 
     return steps

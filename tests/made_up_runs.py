@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 import isthmus
+from isthmus.arch.preprocess import IMAGENET
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import DataSet
 from isthmus.evaluation.metrics import Tally
@@ -32,7 +33,7 @@ def made_up_run(
         logits[torch.arange(len(places)), labels[places]] += 3.5
         scores.add(logits, labels[places], places)
     net = network(replace(SPEC, num_classes=classes))
-    net.classes = names
+    net.classes, net.preprocess = names, IMAGENET  # pictures as large as usual
     isthmus.save_weights(net, folder / "model.safetensors")
     written = scores.to_dict() | {"data": "made up", "seconds": 90_000.0}
     (folder / "evaluation.json").write_text(json.dumps(written))
