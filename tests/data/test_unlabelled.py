@@ -66,13 +66,15 @@ def test_a_name_with_the_signs_of_a_pattern_is_a_name(photos, tmp_path):
     assert names(open_unlabelled(odd)) == [str(odd)]
 
 
-def test_lists(photos, tmp_path):
+def test_lists(photos, tmp_path, monkeypatch):
     chosen = files(photos)[3:9]
     (tmp_path / "some.txt").write_text("\n".join(os.path.relpath(path, tmp_path) for path in chosen) + "\n\n")
     with (tmp_path / "some.csv").open("w", newline="") as file:
         csv.writer(file).writerows([["id", "path"], *([place, path] for place, path in enumerate(chosen))])
     for name in ("some.txt", "some.csv"):
         assert contents(open_unlabelled(tmp_path / name)) == [path.read_bytes() for path in chosen]
+    monkeypatch.chdir(tmp_path)
+    assert names(open_unlabelled("some.txt")) == (tmp_path / "some.txt").read_text().split()  # as they are listed
 
 
 def test_shards_with_and_without_labels(photos, tmp_path):

@@ -77,7 +77,8 @@ def _listed(path: Path) -> Iterator[str]:
                 names = file.read().splitlines()
     except (OSError, UnicodeDecodeError, CsvError) as error:
         raise DataError(f"{path} cannot be read as a list of paths: {error}") from error
-    found = [os.path.join(path.parent, name.strip()) for name in names if name.strip()]  # noqa: PTH118 - a million
+    folder = "" if path.parent == Path() else path.parent  # so that names stay as they are listed
+    found = [os.path.join(folder, name.strip()) for name in names if name.strip()]  # noqa: PTH118 - a million
     if not found:
         raise DataError(f"{path} names no pictures")
     return iter(found)
