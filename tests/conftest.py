@@ -1,17 +1,21 @@
 """What every test may use: golden files, photographs, a small run; one thread a worker, for workers fight for cores."""
 
+import hashlib
 import os
 import signal
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
 
+from isthmus.deploy import program
 from isthmus.run import fit
 from isthmus.train.recipes import recipe
+from isthmus.weights.digest import add_tensors
 from small_runs import class_folders, weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -90,3 +94,25 @@ def linear(tmp_path_factory: pytest.TempPathFactory, pictures: Path, plain: Path
         patch.setenv("ISTHMUS_CACHE", str(out.parent / "cache"))
         fit(recipe("linear-probe", data=str(pictures), weights=str(plain)), out, report=False)
     return out
+
+
+@pytest.fixture(scope="session")
+def programs() -> dict[object, program.Program]:
+    """What was exported before."""
+    return {}
+
+
+@pytest.fixture
+def exported_once(monkeypatch: pytest.MonkeyPatch, programs: dict[object, program.Program]) -> None:
+    """Equal networks are traced and translated to ONNX once for all tests of a process: it takes seconds."""
+    real = program.traced
+
+    def traced(module: torch.nn.Module, example: torch.Tensor, name: str, axes: Any, text: str) -> program.Program:
+        digest = hashlib.sha256()
+        add_tensors(digest, module.state_dict().items())
+        key = type(module), getattr(module, "record", None), example.shape, text, digest.hexdigest()
+        if key not in programs:
+            programs[key] = real(module, example, name, axes, text)
+        return programs[key]
+
+    monkeypatch.setattr(program, "traced", traced)

@@ -32,6 +32,8 @@ from isthmus.errors import DataError, EngineError, RecipeError, RunError, SpecEr
 from isthmus.ship import predict, predict_table, quantize
 from small_runs import SPEC, Recorder, network, weights
 
+pytestmark = pytest.mark.usefixtures("exported_once")
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> None:

@@ -30,8 +30,14 @@ def meta(spec, size):
         return ResNet(plan(spec, size)).eval()
 
 
-@pytest.mark.parametrize("size", [97, 200, 225, 240, (64, 160), (97, 33)])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        pytest.param(name, size, marks=[pytest.mark.long] * (name == "senet154" and size != 97))
+        for name in KINDS
+        for size in (97, 200, 225, 240, (64, 160), (97, 33))
+    ],
+)
 def test_odd_and_oblong_pictures(name, size):
     assert_plan_is_true(meta(name, size))
 

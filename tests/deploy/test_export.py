@@ -31,6 +31,7 @@ TWENTY = """
     wide_resnet50_2 ecaresnet26t seresnet50 seresnext26d_32x4d resnetaa50 resnetblur50 resnetrs50 resnetv2_50
     resnetv2_50d resnet20_cifar
 """
+ALL_FORMATS = ("resize and crop", "blue first, two views")
 RECORDS = {
     "resize and crop": Preprocess(resize=43, crop=38),
     "an odd border": Preprocess(resize=45, crop=38),
@@ -38,6 +39,11 @@ RECORDS = {
     "squashed": Preprocess(resize=40, crop=36, squash=True),
     "blue first, two views": Preprocess(resize=40, crop=36, channels="BGR", views=("identity", "hflip")),
 }
+PREPARED = [  # the graph is the same for all formats
+    pytest.param(name, suffix, marks=[pytest.mark.long] * (suffix != ".onnx" and name not in ALL_FORMATS))
+    for name in RECORDS
+    for suffix in FORMATS
+]
 
 
 def run(path: Path, batch: np.ndarray) -> torch.Tensor:
@@ -73,6 +79,7 @@ def net() -> ResNet:
     return made
 
 
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_computes_what_the_network_does(suffix, net, tmp_path):
     made = export(net, tmp_path / f"net{suffix}")
@@ -83,8 +90,8 @@ def test_a_file_computes_what_the_network_does(suffix, net, tmp_path):
             assert relative_error(run(made.path, x.numpy()), net(x)) <= 1e-5
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.usefixtures("exported_once")
+@pytest.mark.parametrize(("name", "suffix"), PREPARED)
 def test_pictures_are_prepared_inside(suffix, name, net, photos, tmp_path):
     other = network()
     other.preprocess = record = RECORDS[name]
@@ -138,6 +145,7 @@ def test_signals_and_volumes(dims, shape, tmp_path):
         export(net, tmp_path / "other.onnx", preprocessing=True)
 
 
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_a_file_says_what_it_is(suffix, net, tmp_path):
     said = json.loads(FORMATS[suffix].read(export(net, tmp_path / f"net{suffix}").path))
@@ -146,6 +154,7 @@ def test_a_file_says_what_it_is(suffix, net, tmp_path):
     assert said["spec"]["norm"] == "none"  # folded
 
 
+@pytest.mark.usefixtures("exported_once")
 def test_onnx_reads_back(net, tmp_path):
     there = export(net, tmp_path / "net.onnx").path
     back = isthmus.load(there).eval()
@@ -220,6 +229,7 @@ def test_channels_that_pictures_do_not_have(tmp_path):
         export(network(replace(SPEC, in_channels=5)), tmp_path / "net.onnx", preprocessing=True)
 
 
+@pytest.mark.usefixtures("exported_once")
 @pytest.mark.parametrize(("suffix", "whose"), [(".xml", "OpenVINO"), (".pt2", r"torch\.export")])
 def test_files_for_engines_are_not_loaded_as_weights(suffix, whose, tmp_path):
     export(network(), tmp_path / f"net{suffix}")

@@ -23,6 +23,7 @@ LOW = [
     for precision in engine.precisions
     if precision != "int8"
 ]
+pytestmark = pytest.mark.usefixtures("exported_once")
 RATES = {"torch": 10.0, "inductor": 20.0, "onnxruntime": 30.0, "openvino": 25.0}
 
 
