@@ -61,12 +61,12 @@ def print_runs(document: Mapping[str, Any]) -> None:
     note = "" if document["same_pictures"] else "Not validated on the same pictures."
     print_table(
         "",
-        ("run", "accuracy", "95 % interval", "balanced", "loss", "pictures", "parameters", "MACs"),
+        ("run", "accuracy", "95 %", "balanced", "loss", "pictures", "params", "MACs"),
         (
             (
                 escape(row["name"]),
                 f"{row['accuracy']['value']:.1%}",
-                f"{row['accuracy']['low']:.1%}–{row['accuracy']['high']:.1%}",
+                f"{100 * row['accuracy']['low']:.1f}–{100 * row['accuracy']['high']:.1f}",
                 f"{row['balanced_accuracy']:.1%}",
                 f"{row['loss']:.4f}",
                 row["pictures"],

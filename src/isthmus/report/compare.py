@@ -219,7 +219,7 @@ def curves(names: Sequence[str], runs: Documents) -> list[Plot]:
         made.append(
             plotted(
                 line_figure(lines, across="epoch", up=up, percent=in_percent),
-                title,
+                title if len(lines) > 1 else f"{title} of {lines[0].label}",
                 f"{title} over the epochs; at the end: {last}",
                 ("epoch", *(name for _, name, _ in logs)),
                 table,
