@@ -61,7 +61,7 @@ def print_runs(document: Mapping[str, Any]) -> None:
     note = "" if document["same_pictures"] else "Not validated on the same pictures."
     print_table(
         "",
-        ("run", "accuracy", "95 %", "balanced", "loss", "pictures", "params", "MACs"),
+        ("run", "accuracy", "95 %", "balanced", "loss", "params", "MACs"),
         (
             (
                 escape(row["name"]),
@@ -69,7 +69,6 @@ def print_runs(document: Mapping[str, Any]) -> None:
                 f"{100 * row['accuracy']['low']:.1f}–{100 * row['accuracy']['high']:.1f}",
                 f"{row['balanced_accuracy']:.1%}",
                 f"{row['loss']:.4f}",
-                row["pictures"],
                 count(row["params"]),
                 "–" if row["macs"] is None else count(row["macs"]),
             )
