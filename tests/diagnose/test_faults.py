@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from diagnosed import CAFFE, HALF, SIDE, made, settled, shrunk, trained
+from diagnosed import CAFFE, HALF, SIDE, crops, made, settled, shrunk, trained
 from isthmus.arch.preprocess import IMAGENET
+from isthmus.arch.variants import variant
 from isthmus.data.transform import normalise
 from isthmus.diagnose.diagnosis import diagnose
 from isthmus.diagnose.hypotheses import hypotheses
@@ -53,7 +54,7 @@ def subject(net):
 
 
 def test_training_mode_left_on(subject, shown):
-    found = diagnose(subject.train(), *shown, batch=32)
+    found = diagnose(subject.train(), shown[0], batch=32)
     assert kinds(found) == ["training_mode"]
     finding = only(found, "training_mode")
     assert finding.severity == "fault"
@@ -63,7 +64,7 @@ def test_training_mode_left_on(subject, shown):
 
 def test_a_part_in_training_mode(subject, shown):
     subject.layer2.train()
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert kinds(found) == ["mixed_mode"]
     assert only(found, "mixed_mode").where.startswith("layer2.0.")
     assert {row.mode for row in found.norms} == {"training", "evaluating"}
@@ -73,12 +74,12 @@ def test_norms_that_evaluate_but_are_not_frozen(subject, shown):
     subject.train()
     for norm in norms(subject).values():
         norm.eval()
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert [(each.kind, each.severity) for each in found.findings if each.severity != "note"] == [
         ("mixed_mode", "warning")
     ]
     freeze(subject, "trunk")
-    assert [(each.kind, each.severity) for each in diagnose(subject.train(), *shown).findings] == [
+    assert [(each.kind, each.severity) for each in diagnose(subject.train(), shown[0]).findings] == [
         ("training_mode", "note")
     ]
 
@@ -87,25 +88,25 @@ def test_norms_that_evaluate_but_are_not_frozen(subject, shown):
 def test_momentum(subject, shown, momentum):
     for norm in norms(subject).values():
         norm.momentum = momentum
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert kinds(found) == ["momentum"]
     count = len(norms(subject))
     assert f"{count} of {count} batch norms have momentum {momentum:g}" in only(found, "momentum").found
     freeze(subject, "trunk")
-    assert diagnose(subject, *shown).healthy
+    assert diagnose(subject, shown[0]).healthy
 
 
 def test_a_cumulative_mean_is_fine(subject, shown):
     for norm in norms(subject).values():
         norm.momentum = None
-    assert diagnose(subject, *shown).healthy
+    assert diagnose(subject, shown[0]).healthy
 
 
 @pytest.mark.parametrize("variance", [0.0, 1e-9])
 def test_next_to_no_variance(subject, shown, variance):
     name, norm = list(norms(subject).items())[4]
     norm.running_var[:2] = variance
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert kinds(found) == ["zero_variance"]
     finding = only(found, "zero_variance")
     assert finding.where == name
@@ -122,24 +123,24 @@ def test_a_channel_that_never_varies_is_no_fault(subject, shown):
         subject.layer2[0].get_submodule(conv).weight[3] = 0.0
     subject.layer2[0].get_submodule(norm).running_mean[3] = 0.0
     subject.layer2[0].get_submodule(norm).running_var[3] = 0.0
-    assert "zero_variance" not in kinds(diagnose(subject, *shown))
+    assert "zero_variance" not in kinds(diagnose(subject, shown[0]))
 
 
 @pytest.mark.parametrize(("batch", "severity"), [(1, "fault"), (4, "warning"), (8, "note"), (16, None)])
 def test_small_batches(subject, shown, batch, severity):
-    found = diagnose(subject, *shown, batch=batch)
+    found = diagnose(subject, shown[0], batch=batch)
     assert [each.severity for each in found.findings if each.kind == "small_batch"] == [severity] * (
         severity is not None
     )
     assert set(kinds(found)) <= {"small_batch"}
     assert all(row.noise > 0 for row in found.norms)
     # Half as many pictures, 1.4 times the noise; and every channel has so many values.
-    double = diagnose(subject, *shown, batch=2 * batch)
+    double = diagnose(subject, shown[0], batch=2 * batch)
     for row, other in zip(found.norms, double.norms, strict=True):
         assert row.noise == pytest.approx(other.noise * 2**0.5)
         assert 2 * row.values == other.values
     freeze(subject, "trunk")
-    assert kinds(diagnose(subject, *shown, batch=batch)) == []
+    assert kinds(diagnose(subject, shown[0], batch=batch)) == []
 
 
 def test_noise_is_what_batches_of_pictures_show(shown):
@@ -176,7 +177,7 @@ def of_another_kind(net, images):
 @pytest.mark.parametrize("fault", [reset, outgrown, of_another_kind], ids=lambda fault: fault.__name__)
 def test_stale_statistics(subject, settling, shown, fault):
     fault(subject, settling[0])
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert "stale_statistics" in kinds(found)
     finding = only(found, "stale_statistics")
     x = normalise(shown[0], subject.preprocess)
@@ -191,7 +192,7 @@ def test_stale_statistics(subject, settling, shown, fault):
         finding.found
     )
     settled(subject, settling[0])  # the cure that it names
-    assert diagnose(subject, *shown).healthy
+    assert diagnose(subject, shown[0]).healthy
 
 
 def test_what_is_left_of_starting_values_is_told(shown, settling):
@@ -203,7 +204,7 @@ def test_what_is_left_of_starting_values_is_told(shown, settling):
 def test_frozen_statistics_are_noted(subject, shown):
     reset(subject, None)
     freeze(subject, "trunk")
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert found.healthy
     assert only(found, "frozen_statistics").severity == "note"
     assert {row.mode for row in found.norms} == {"frozen"}
@@ -240,7 +241,7 @@ def test_pictures_prepared_otherwise(subject, settling, shown, words):
     """Statistics of pictures prepared in another way than the network says."""
     record = PREPARED[words].at(SIDE)
     settled(subject, settling[0], record)
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert kinds(found)[0] == "preprocessing"
     finding = only(found, "preprocessing")
     assert finding.severity == "fault"
@@ -249,7 +250,7 @@ def test_pictures_prepared_otherwise(subject, settling, shown, words):
     subject.preprocess, before = hypotheses(subject.preprocess)[words], subject.preprocess  # the mend that it names
     try:
         assert (subject.preprocess.mean, subject.preprocess.channels) == (record.mean, record.channels)
-        assert diagnose(subject, *shown).healthy
+        assert diagnose(subject, shown[0]).healthy
         assert f"channels={record.channels!r}" in finding.mend
     finally:
         subject.preprocess = before
@@ -279,13 +280,13 @@ def test_stride_on_the_wrong_convolution(settling, shown, name, place):
     right = settled(made(shrunk(name, stride_at=place)), settling[0])
     wrong = made(shrunk(name, stride_at=other))
     wrong.load_state_dict(right.state_dict())
-    found = diagnose(wrong, *shown)
+    found = diagnose(wrong, shown[0])
     assert kinds(found) == ["stride_place"]
     finding = only(found, "stride_place")
     assert finding.severity == "fault"
     assert finding.where.startswith("layer2.0")
     assert f"stride_at={place!r}" in finding.mend
-    assert diagnose(right, *shown).healthy
+    assert diagnose(right, shown[0]).healthy
 
 
 @pytest.mark.parametrize("name", ["resnet26", "resnet50d", "seresnet50", "resnetv2_50"])
@@ -314,7 +315,7 @@ def test_a_strip_as_wide_as_its_lands(settling, shown):
 def test_numbers_that_are_none(subject, shown):
     with torch.no_grad():
         subject.layer2[0].conv2.weight[0, 0, 0, 0] = float("nan")
-    found = diagnose(subject, *shown)
+    found = diagnose(subject, shown[0])
     assert kinds(found) == ["not_finite"]
     assert only(found, "not_finite").where == "layer2.0.conv2.weight"
     assert found.blocks == found.norms == ()
@@ -355,3 +356,17 @@ def test_a_rate_far_too_high(settling, shown):
     assert kinds(found) == ["large_updates"]
     found = diagnose(net, *shown, make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=1e-12))
     assert kinds(found) == ["small_updates"]
+
+
+@pytest.mark.long
+def test_at_full_width(photos):
+    """ResNet-50 as it is, healthy, with its stride misplaced, and with pictures prepared otherwise."""
+    settling, shown = crops(photos, 64, seed=1, side=96)[0], crops(photos, 32, seed=2, side=96)[0]
+    net, other = made(variant("resnet50")), made(variant("resnet50_v1"))
+    net.preprocess = other.preprocess = IMAGENET.at(96)
+    assert diagnose(settled(net, settling), shown).healthy
+    other.load_state_dict(net.state_dict())
+    finding = only(diagnose(other, shown), "stride_place")
+    assert finding.mend == "Load the weights into the other network: isthmus.load(path, arch='resnet50')."
+    net.preprocess = HALF.at(96)
+    assert kinds(diagnose(net, shown)) == ["preprocessing"]
