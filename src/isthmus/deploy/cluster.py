@@ -1,5 +1,6 @@
 """The parts of a table predicted by many machines: Ray Data hands them out, and again where a machine is lost."""
 
+import logging
 import os
 import re
 import socket
@@ -72,7 +73,13 @@ def spread(
     dashboard = False if address == "local" else None
     try:
         check_reachable(address)
-        ray.init(address, include_dashboard=dashboard, log_to_driver=False, ignore_reinit_error=True)
+        ray.init(
+            address,
+            include_dashboard=dashboard,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            ignore_reinit_error=True,
+        )
     except Exception as error:  # it has many
         raise RunError(
             f"there is no Ray cluster at {address}: {first_line(error)}; begin one by `ray start`"
@@ -89,11 +96,12 @@ def spread(
         rows = ray.data.from_items([{"part": part} for part in parts], override_num_blocks=len(parts)).map(
             Worker,  # type: ignore[arg-type]
             fn_constructor_args=(order, cores, encode),
-            concurrency=min(count, len(parts)),
+            compute=ray.data.ActorPoolStrategy(size=min(count, len(parts))),
             num_cpus=cores,
             num_gpus=1 if scarce == "GPU" else None,
         )
         every = sum(len(order.places(part)) for part in parts)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)  # it tells of its plans
         for row in rows.iter_rows():
             pace.pictures += len(order.places(row["part"]))
             pace.unreadable += len(row["reasons"])
