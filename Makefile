@@ -29,8 +29,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.dev  ## every claim about speed and accuracy; takes about three hours, on an idle machine
-	set -e; for script in plan_speed weights_load loader training_step training_memory freeze kill_resume elpv_probe elpv_time elpv_finetune engines int8_cells predict_files serve; do $(BIN)/python benchmarks/$$script.py; done
+bench: $(VENV)/.dev  ## every claim about speed and accuracy; takes about four hours, on an idle machine
+	set -e; for script in plan_speed weights_load loader training_step training_memory freeze kill_resume elpv_probe elpv_time elpv_finetune engines int8_cells predict_files serve roofline depth report_page; do $(BIN)/python benchmarks/$$script.py; done
 
 clean:
 	rm -rf $(VENV) runs

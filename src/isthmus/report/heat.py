@@ -28,7 +28,7 @@ def heat_maps(net: ResNet, images: Tensor, targets: Tensor) -> Tensor:
     sums cut off, enlarged to the picture, its greatest place 1 (all 0 where nothing speaks for the class). Where the
     head reads several stages, the others' share is not shown. The network evaluates, and is as before afterwards.
     """
-    from captum.attr import LayerGradCam  # type: ignore[import-untyped]
+    from captum.attr import LayerGradCam
 
     with evaluating(net):
         seen = LayerGradCam(net, net.get_submodule(deepest_map(net))).attribute(
