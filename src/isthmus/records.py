@@ -4,7 +4,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
-from math import inf
+from math import inf, isfinite
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from isthmus.errors import IsthmusError, SpecError
@@ -15,6 +15,7 @@ __all__ = [
     "Range",
     "check_fields",
     "check_ranges",
+    "finite",
     "from_dict",
     "from_toml",
     "override",
@@ -96,6 +97,19 @@ def to_dict(record: Any, *, defaults: bool = True) -> dict[str, Any]:
     return {
         name: plain(value) for name, value in values.items() if value is not None and value != usual.get(name, MISSING)
     }
+
+
+def finite(values: dict[str, Any]) -> dict[str, Any]:
+    """Plain values for JSON, which has no word for what is not a finite number: None in its place, at any depth."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(each) for name, each in value.items()}
+        if isinstance(value, list):
+            return [plain(each) for each in value]
+        return None if isinstance(value, float) and not isfinite(value) else value
+
+    return {name: plain(value) for name, value in values.items()}
 
 
 def from_dict(cls: type[T], values: Any, error: type[IsthmusError] = SpecError, where: str = "") -> T:

@@ -1,6 +1,7 @@
 """Specs as TOML, as plain values, and with settings changed; what is wrong with one is said in words."""
 
 import json
+import math
 
 import pytest
 
@@ -246,3 +247,10 @@ def test_preprocess_round_trip():
     )
     assert records.from_dict(Preprocess, json.loads(json.dumps(records.to_dict(record)))) == record
     assert Preprocess().at(112) == Preprocess(resize=128, crop=112)
+
+
+def test_what_json_has_no_word_for_is_null():
+    values = {"a": math.nan, "b": [1.0, math.inf, {"c": -math.inf, "d": "nan"}], "e": 3, "f": None}
+    found = {"a": None, "b": [1.0, None, {"c": None, "d": "nan"}], "e": 3, "f": None}
+    assert records.finite(values) == found
+    json.dumps(found, allow_nan=False)

@@ -151,3 +151,21 @@ def test_findings_say_what_was_measured():
     assert found.where == "layer1.1"
     assert "changes the weights of layer1.1 by 50% of their length (|dw| / |w|, mean over 3 steps)" in found.found
     assert found.mend.startswith("Divide lr by 10,")
+
+
+def test_gradients_that_are_no_numbers_are_a_finding(data):
+    net, x, labels = data
+    blocks = [block.name for block in net.plan.blocks]
+    steps = take_steps(
+        copy.deepcopy(net).train(),
+        zip(x.split(8), labels.split(8), strict=True),
+        blocks,
+        F.cross_entropy,
+        lambda net: torch.optim.SGD(net.parameters(), lr=1e300),
+    )
+    assert len(steps) > 1
+    assert math.isnan(steps[-1].loss)
+    (finding,) = gradient_findings(signals(net, blocks, dict.fromkeys(blocks, 1.0), steps), len(steps))
+    assert finding.kind == "no_gradient"
+    assert finding.found == f"The gradient in the weights of layer1.0 is nan over {len(steps)} steps, as in all blocks."
+    assert finding.mend.startswith("Lower the rate")

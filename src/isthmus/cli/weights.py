@@ -2,7 +2,7 @@
 
 import json
 import sys
-from math import isfinite, isnan
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -254,17 +254,12 @@ def verification_facts(found: "Verification") -> Facts:
 
 def agreement_values(found: "Agreement | None") -> dict[str, Any] | None:
     """Outputs under the keys of our JSON."""
-    return None if found is None else finite({"equal": found.equal, **records.to_dict(found)})
+    return None if found is None else records.finite({"equal": found.equal, **records.to_dict(found)})
 
 
 def comparison_values(found: "TensorComparison | None") -> dict[str, Any] | None:
     """Tensors under the keys of our JSON."""
-    return None if found is None else finite({"same": found.same, **records.to_dict(found)})
-
-
-def finite(values: dict[str, Any]) -> dict[str, Any]:
-    """Values for JSON, which has no word for what is not a number."""
-    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in values.items()}
+    return None if found is None else records.finite({"same": found.same, **records.to_dict(found)})
 
 
 def verification_values(found: "Verification") -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isthmus import records
 from isthmus.arch.block import FOLDED, Norm, Shortcut
 from isthmus.arch.plan import plan
 from isthmus.arch.spec import NetSpec
@@ -26,7 +27,7 @@ from isthmus.data.transform import normalise
 from isthmus.diagnose.copies import copied
 from isthmus.diagnose.signals import block_gradients
 from isthmus.errors import DataError, RecipeError, SpecError
-from isthmus.nn.batchnorm import BatchNorm
+from isthmus.nn.batchnorm import precise_batchnorm
 from isthmus.nn.network import ResNet
 from isthmus.runtime import Machine
 
@@ -102,21 +103,17 @@ class Measured:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, null for what is no finite number."""
-        return {
+        values = {
             "shortcuts": self.twin.shortcuts,
             "norm": self.twin.norm,
             "params": self.params,
-            "gradients": {name: finite(value) for name, value in self.gradients.items()},
-            "correlations": {f"1/{1 / distance:g}": finite(value) for distance, value in self.correlations.items()},
-            "losses": [finite(value) for value in self.losses],
+            "gradients": dict(self.gradients),
+            "correlations": {f"1/{1 / distance:g}": value for distance, value in self.correlations.items()},
+            "losses": list(self.losses),
             "steps": self.steps,
             "loss": self.loss,
         }
-
-
-def finite(value: float) -> float | None:
-    """The value, None where it is no finite number."""
-    return value if math.isfinite(value) else None
+        return records.finite(values)
 
 
 def twins(spec: NetSpec) -> tuple[Twin, ...]:
@@ -165,13 +162,9 @@ def twin_network(found: Sequence[Twin], index: int, size: int, seed: int) -> Res
 
 def settled(net: ResNet, images: Tensor) -> ResNet:
     """A copy in evaluation whose batch norms have the statistics of `images`, so that no picture depends on another."""
-    still = copied(net).train()
-    for module in still.modules():
-        if isinstance(module, BatchNorm):
-            module.momentum = 1.0
-    with torch.no_grad():
-        still(images)
-    return still.eval()
+    still = copied(net)
+    precise_batchnorm(still, [images])
+    return still
 
 
 def backward_norms(net: ResNet, images: Tensor, labels: Tensor) -> dict[str, float]:
@@ -199,10 +192,10 @@ def gradient_correlation(
 
 
 def input_gradients(net: nn.Module, images: Tensor) -> Tensor:
-    """The gradient of the first output with respect to each picture: fp64 (N, C × pixels)."""
+    """The gradient of the first output with respect to each picture: fp64 on the CPU (N, C × pixels)."""
     points = images.detach().requires_grad_()
     (gradients,) = torch.autograd.grad(net(points)[:, 0].sum(), points)
-    return gradients.flatten(1).double()
+    return gradients.flatten(1).cpu().double()
 
 
 def correlations(one: Tensor, other: Tensor) -> Tensor:

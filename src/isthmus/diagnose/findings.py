@@ -176,8 +176,8 @@ class Diagnosis:
         return tuple(finding for finding in self.findings if finding.severity == severity)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, ready for JSON; what is None is left out."""
-        return {"healthy": self.healthy, **records.to_dict(self)}
+        """Everything as plain values, ready for JSON: what is None is left out, what is no finite number is None."""
+        return {"healthy": self.healthy, **records.finite(records.to_dict(self))}
 
 
 def worst_first(findings: list[Finding]) -> tuple[Finding, ...]:

@@ -42,8 +42,13 @@ class Step(NamedTuple):
 
 def norm_of(tensors: Iterable[Tensor | None]) -> float | None:
     """The Euclidean norm of all of them together, in fp64; None of none."""
-    squares = [float(tensor.detach().double().square().sum()) for tensor in tensors if tensor is not None]
+    squares = [float(exact(tensor.detach()).square().sum()) for tensor in tensors if tensor is not None]
     return math.sqrt(sum(squares)) if squares else None
+
+
+def exact(tensor: Tensor) -> Tensor:
+    """The same values in fp64, which Apple's GPUs do not have: on the CPU then."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def block_gradients(
@@ -111,8 +116,11 @@ def take_steps(
 
 
 def spread(values: Sequence[float]) -> Spread | None:
-    """Mean and standard deviation; None of none."""
-    return Spread(mean=fmean(values), deviation=pstdev(values)) if values else None
+    """Mean and standard deviation, which is no number where a value is none; None of none."""
+    if not values:
+        return None
+    deviation = pstdev(values) if all(map(math.isfinite, values)) else math.nan  # pstdev itself would raise
+    return Spread(mean=fmean(values), deviation=deviation)
 
 
 def signals(
@@ -151,7 +159,9 @@ def gradient_findings(rows: Sequence[BlockSignals], steps: int) -> list[Finding]
                 where=listed(broken),
                 found=f"The gradient in the weights of {broken[0]} is {bad:g} {over}, "
                 f"{'while other blocks have one' if some else 'as in all blocks'}.",
-                mend="Look at what stands behind it: scales of 0, activations that are dead, or a path that is cut.",
+                mend="Look at what stands behind it: scales of 0, activations that are dead, or a path that is cut."
+                if some
+                else "Lower the rate, or clip gradients (clip_norm=1): they leave all numbers within these steps.",
             )
         )
     paths = [(row.name, row.input_gradient.mean) for row in rows if row.input_gradient is not None]
