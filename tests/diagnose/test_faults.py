@@ -1,6 +1,7 @@
 """Planted faults: every one is named, in several networks, with the figures and the mend."""
 
 import copy
+import json
 from dataclasses import replace
 
 import pytest
@@ -15,6 +16,7 @@ from isthmus.diagnose.diagnosis import diagnose
 from isthmus.diagnose.hypotheses import hypotheses
 from isthmus.nn.batchnorm import BatchNorm, precise_batchnorm
 from isthmus.nn.freeze import freeze
+from isthmus.nn.network import ResNet
 
 SUBJECTS = ("resnext50_32x4d", "resnet50d", "resnetv2_50")
 STRIDED = ("resnext50_32x4d", "resnet50d", "resnetv2_50", "seresnet50")
@@ -66,7 +68,12 @@ def test_a_part_in_training_mode(subject, shown):
     subject.layer2.train()
     found = diagnose(subject, shown[0])
     assert kinds(found) == ["mixed_mode"]
-    assert only(found, "mixed_mode").where.startswith("layer2.0.")
+    finding = only(found, "mixed_mode")
+    assert finding.where.startswith("layer2.0.")
+    x, part = normalise(shown[0], subject.preprocess), copy.deepcopy(subject)
+    with torch.no_grad():  # the norms of this stage alone by the batch
+        moved = torch.cat([part(batch) for batch in x.split(32)]).argmax(1) != subject.eval()(x).argmax(1)
+    assert f"normalised by the batch, {int(moved.sum())} of 48 predictions are others" in finding.found
     assert {row.mode for row in found.norms} == {"training", "evaluating"}
 
 
@@ -193,6 +200,27 @@ def test_stale_statistics(subject, settling, shown, fault):
     )
     settled(subject, settling[0])  # the cure that it names
     assert diagnose(subject, shown[0]).healthy
+
+
+def test_without_classes_what_comes_out_is_compared(settling, shown):
+    net = settled(made(replace(shrunk("resnet26"), num_classes=0)), settling[0])
+    reset(net, None)
+    finding = only(diagnose(net, shown[0]), "stale_statistics")
+    x, exact = normalise(shown[0], net.preprocess), copy.deepcopy(net)
+    precise_batchnorm(exact, x.split(32))
+    with torch.no_grad():
+        part = float((net(x) - exact(x)).norm() / exact(x).norm())
+    assert finding.found.endswith(f"With exact ones what comes out changes by {part:.0%} of its size.")
+
+
+def test_no_pass_keeps_maps_for_gradients(settling, shown, monkeypatch):
+    """Those of every picture at once would not fit the memory; without labels nothing needs them."""
+    net, forward, kept = settled(made(shrunk("resnet26")), settling[0]), ResNet.forward, []
+    reset(net, None)
+    monkeypatch.setattr(ResNet, "forward", lambda net, x: kept.append(torch.is_grad_enabled()) or forward(net, x))
+    assert "stale_statistics" in kinds(diagnose(net, shown[0]))
+    assert len(kept) > 4
+    assert not any(kept)
 
 
 def test_what_is_left_of_starting_values_is_told(shown, settling):
@@ -356,6 +384,16 @@ def test_a_rate_far_too_high(settling, shown):
     assert kinds(found) == ["large_updates"]
     found = diagnose(net, *shown, make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=1e-12))
     assert kinds(found) == ["small_updates"]
+
+
+def test_a_rate_beyond_all_numbers(settling, shown):
+    """The loss of the second step is no number; what was found is JSON all the same."""
+    net = settled(made(shrunk("resnet26")), settling[0])
+    found = diagnose(net, *shown, make_optimizer=lambda net: torch.optim.SGD(net.parameters(), lr=1e30))
+    assert kinds(found) == ["no_gradient"]
+    assert only(found, "no_gradient").mend.startswith("Lower the rate")
+    document = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert document["blocks"][0]["gradient"] == {"mean": None, "deviation": None}
 
 
 @pytest.mark.long

@@ -12,9 +12,10 @@ from torch import nn
 import isthmus
 from diagnosed import CLASSES, NAMES, SIDE, TRAINED, crops, healthy, made, settled, shrunk
 from isthmus.data.transform import normalise
+from isthmus.diagnose.copies import undisturbed_random
 from isthmus.diagnose.diagnosis import diagnose
 from isthmus.errors import DataError, SpecError
-from isthmus.nn.batchnorm import BatchNorm, precise_batchnorm
+from isthmus.nn.batchnorm import BatchNorm, precise_batchnorm, synchronise_batchnorm
 from isthmus.nn.fold import fold
 from isthmus.nn.freeze import freeze
 from isthmus.nn.memory import save_memory, work_in_place
@@ -153,6 +154,47 @@ def test_folded_networks_say_what_cannot_be_judged(settling, shown):
     assert found.norms == ()
     (why,) = (each for each in found.unchecked if "preprocessing" in each.what)
     assert "only statistics of batch norms tell, and the network has none (norm 'none')" in why.reason
+
+
+def test_a_norm_of_the_head_does_not_tell_what_went_in(settling, shown):
+    """Behind a whole folded trunk; nor is there any behind the strides."""
+    spec = shrunk("resnet50")
+    net = settled(made(replace(spec, head=replace(spec.head, norm=True))), settling[0] // 16)
+    found = diagnose(fold(net), *shown)
+    assert [row.name for row in found.norms] == ["fc.0"]
+    assert not {"preprocessing", "place of strides"} & set(found.checked)
+    reasons = {each.what: each.reason for each in found.unchecked}
+    assert reasons["preprocessing"] == "the first batch norm is the head's (fc.0), behind the whole trunk"
+    assert "behind the 3×3" in reasons["place of strides"]
+
+
+def test_one_of_many_processes_may_diagnose_by_itself(settling, shown, monkeypatch):
+    """Its synchronised norms would wait for the others."""
+    net = settled(made(shrunk("resnet26")), settling[0])
+    wanted = diagnose(net, *shown, batch=16)
+    synchronise_batchnorm(net)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda *_: pytest.fail("asks the others"))
+    assert repr(diagnose(net, *shown, batch=16)) == repr(wanted)
+    assert {type(module).__name__ for module in net.modules() if isinstance(module, BatchNorm)} == {
+        "SynchronisedBatchNorm2d"
+    }
+
+
+def test_of_several_gpus_the_networks_own_numbers_are_kept(monkeypatch):
+    generators = torch.Generator().manual_seed(3), torch.Generator().manual_seed(4)
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    before, drawn = [each.get_state() for each in generators], []
+    for _ in range(2):
+        numbers = random_states()
+        with undisturbed_random(torch.device("cuda:1")):
+            torches = [torch.rand(2, generator=each).tolist() for each in (torch.default_generator, generators[1])]
+            drawn.append((torches, np.random.rand(2).tolist(), random.random()))  # noqa: NPY002
+        assert random_states() == numbers
+        assert all(torch.equal(each.get_state(), state) for each, state in zip(generators, before, strict=True))
+        _ = torch.rand(1), np.random.rand(1), random.random()  # noqa: NPY002
+    assert drawn[0] == drawn[1]
 
 
 @pytest.mark.parametrize("dims", [1, 3])

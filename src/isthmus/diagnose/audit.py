@@ -93,8 +93,19 @@ def changed(outputs: Tensor, others: Tensor) -> int:
     return int((outputs.argmax(1) != others.argmax(1)).sum())
 
 
+def difference(net: ResNet, outputs: Tensor, others: Tensor) -> tuple[float, str]:
+    """How much of what comes out is another: of the predictions or, without classes, of its size; and in words."""
+    if net.spec.num_classes > 1:
+        moved = changed(outputs, others)
+        return moved / len(outputs), f"{moved} of {len(outputs)} predictions change"
+    part = float((outputs - others).norm() / others.norm().clamp_min(1e-30))
+    return part, f"what comes out changes by {part:.0%} of its size"
+
+
 def mode_findings(net: ResNet, evaluating: Tensor, training: Tensor) -> list[Finding]:
-    """What is wrong with the modes of a network that is to predict; the outputs are in either mode of all norms."""
+    """What is wrong with the modes of a network that is to predict; the outputs are those with all norms evaluating,
+    and those with norms in the modes that they have (all by the batch, where these are all alike).
+    """
     modes = {name: mode_of(net, name) for name in batch_norms(net)}
     trains = [name for name, mode in modes.items() if mode == "training"]
     rests = [name for name, mode in modes.items() if mode == "evaluating"]
@@ -106,7 +117,7 @@ def mode_findings(net: ResNet, evaluating: Tensor, training: Tensor) -> list[Fin
     effect = (
         f"normalised by the batch, {changed(evaluating, training)} of {len(evaluating)} predictions are others than in "
         "evaluation"
-        if evaluating.shape[1] > 1
+        if net.spec.num_classes > 1
         else "what comes out for a picture depends on those beside it"
     )
     if trains and (rests or not net.training):
@@ -274,17 +285,16 @@ def stale_finding(
             )
         )
     if off:
-        worst, moved = furthest(off), changed(evaluating, precise) if evaluating.shape[1] > 1 else len(evaluating)
+        worst, (part, effect) = furthest(off), difference(net, evaluating, precise)
         proven = labels is not None and fits_better(evaluating, precise, labels)
-        part = moved / len(evaluating)
         found.append(
             Finding(
                 kind="stale_statistics",
                 severity="note" if proven else "fault" if part > GIVEN else "warning",
                 where=listed(row.name for row in off),
                 found=f"{len(off)} of {len(rows)} batch norms have running statistics that are not those of the "
-                f"pictures, {told(worst)}{left_over(net, worst.name)}. With exact ones {moved} of {len(evaluating)} "
-                f"predictions change" + (", and no more of them are right." if proven else "."),
+                f"pictures, {told(worst)}{left_over(net, worst.name)}. With exact ones {effect}"
+                + (", and no more of them are right." if proven else "."),
                 mend="isthmus.precise_batchnorm(net, batches) measures them exactly, on pictures prepared as in "
                 "training; then isthmus.save_weights(net, path).",
             )

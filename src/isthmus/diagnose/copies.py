@@ -14,6 +14,7 @@ from isthmus.arch.plan import plan
 from isthmus.arch.preprocess import Preprocess
 from isthmus.data.transform import normalise
 from isthmus.errors import DataError
+from isthmus.nn.batchnorm import separate_batchnorm
 from isthmus.nn.memory import save_memory, work_in_place
 from isthmus.nn.network import ResNet
 
@@ -21,7 +22,9 @@ __all__ = ["check_pictures", "copied", "inputs", "undisturbed_random"]
 
 
 def copied(net: ResNet) -> ResNet:
-    """A copy in evaluation, without anybody's hooks, in single precision at least, nothing saved or done in place."""
+    """A copy in evaluation, without anybody's hooks, in single precision at least, nothing saved or done in place or
+    together with other processes.
+    """
     # What deepcopy finds here it takes as copied already: no hooks, which may hold anything, and no graph of a map
     # that somebody kept in a module.
     memo: dict[int, Any] = {}
@@ -32,6 +35,7 @@ def copied(net: ResNet) -> ResNet:
             elif isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach()
     other = copy.deepcopy(net, memo)
+    separate_batchnorm(other)  # other processes may be doing something else
     save_memory(other, "plain")
     work_in_place(other, on=False)
     if any(each.dtype in (torch.float16, torch.bfloat16) for each in other.parameters()):
@@ -47,20 +51,26 @@ def undisturbed_random(device: torch.device) -> Iterator[None]:
 
     Covers torch on the CPU and on `device`, numpy and Python.
     """
-    there: Any = {"cuda": torch.cuda, "mps": torch.mps}.get(device.type)
-    python, numbers, states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    on_device = there.get_rng_state() if there else None
+    generators = [torch.default_generator, *generators_of(device)]
+    python, numbers, states = random.getstate(), np.random.get_state(), [each.get_state() for each in generators]  # noqa: NPY002
     try:
-        torch.default_generator.manual_seed(0)
-        if there:
-            there.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002 - an own block may draw from it
+        for each in generators:
+            each.manual_seed(0)
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numbers)  # noqa: NPY002 - an own block may draw from it
-        torch.set_rng_state(states)
-        if there:
-            there.set_rng_state(on_device)
+        np.random.set_state(numbers)  # noqa: NPY002
+        for each, state in zip(generators, states, strict=True):
+            each.set_state(state)
+
+
+def generators_of(device: torch.device) -> list[torch.Generator]:
+    """What a network on `device` draws random numbers from, beside the CPU's; of several GPUs its own."""
+    if device.type == "cuda":
+        return [torch.cuda.default_generators[device.index]]
+    return [torch.mps._get_default_mps_generator()] if device.type == "mps" else []  # noqa: SLF001
 
 
 def check_pictures(net: ResNet, images: Tensor, labels: Tensor | None) -> None:

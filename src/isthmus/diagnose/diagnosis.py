@@ -25,6 +25,7 @@ from isthmus.diagnose.findings import (
     BlockSignals,
     Diagnosis,
     Finding,
+    Mode,
     NormDrift,
     StripUse,
     Unchecked,
@@ -155,6 +156,7 @@ class Examination:
                 )
             )
 
+    @torch.no_grad()
     def norms(self, batches: Sequence[Tensor], evaluating: Tensor) -> tuple[NormDrift, ...]:
         """The audit of the batch norms, with what their statistics tell of preprocessing and strides."""
         norms = batch_norms(self.net)
@@ -166,7 +168,7 @@ class Examination:
             normed = norm_moments(self.net, batches)
         moments = normed.moments
         self.checked.append("modes")
-        self.findings += mode_findings(self.own, evaluating, normed.outputs)
+        self.findings += mode_findings(self.own, evaluating, self.as_it_is(batches, normed))
         self.findings += momentum_findings(self.own)
         rows = drifts(self.own, moments, self.batch)
         if not rows:
@@ -195,6 +197,14 @@ class Examination:
             self.findings += stale_finding(self.own, rows, evaluating=evaluating, precise=outputs, labels=self.labels)
         return rows
 
+    def as_it_is(self, batches: Sequence[Tensor], normed: Pass) -> Tensor:
+        """The outputs where those norms alone normalise by the batch that do so in the caller's network."""
+        modes = {mode_of(self.own, name) for name in batch_norms(self.own)}
+        if not modes >= {"training", "evaluating"}:
+            return normed.outputs
+        with batchwise(self.own, self.net, ("training",)):
+            return norm_moments(self.net, batches, ()).outputs
+
     def with_statistics(self, moments: Mapping[str, Moments]) -> ResNet:
         """The network with exact statistics in every norm that is not frozen; its weights are shared."""
         other = copy.deepcopy(self.net, {id(each): each for each in self.net.parameters()})
@@ -213,6 +223,10 @@ class Examination:
             self.unchecked.append(Unchecked(what="preprocessing", reason="the pictures came prepared, not as uint8"))
             return []
         first = next(iter(moments))  # in the order of the run
+        if first.partition(".")[0] == "fc":  # whatever goes in, the trunk leaves little of it
+            why = f"the first batch norm is the head's ({first}), behind the whole trunk"
+            self.unchecked.append(Unchecked(what="preprocessing", reason=why))
+            return []
         if all(row.name != first for row in rows):
             self.unchecked.append(Unchecked(what="preprocessing", reason="the first norm keeps no statistics"))
             return []
@@ -224,11 +238,15 @@ class Examination:
 
     def strides(self, batches: Sequence[Tensor], normed: Pass) -> list[Finding]:
         """Whether the statistics fit strides on the blocks' other convolutions better."""
-        blocks = strided(self.own)
-        if not blocks:
+        if not strided(self.own):
+            return []
+        behind = behind_strides(self.own)
+        if not behind:
+            why = "no batch norm behind the 3×3 of a strided block keeps statistics"
+            self.unchecked.append(Unchecked(what="place of strides", reason=why))
             return []
         self.checked.append("place of strides")
-        other, behind = twin(self.net), behind_strides(self.net)
+        other = twin(self.net)
         with batchwise(self.own, other):
             flipped = norm_moments(other, batches[:1], behind)
         built = {name: normed.batches[name][0] for name in flipped.batches}
@@ -287,11 +305,11 @@ class Examination:
 
 
 @contextmanager
-def batchwise(own: ResNet, net: ResNet) -> Iterator[None]:
-    """A context in which the norms of `net`, a copy of `own`, that are not frozen normalise by the batch, of which they
-    keep the statistics until the next; the rest of it evaluates. Behind it all is as before.
+def batchwise(own: ResNet, net: ResNet, modes: tuple[Mode, ...] = ("training", "evaluating")) -> Iterator[None]:
+    """A context in which the norms of `net`, a copy of `own`, that have these modes there normalise by the batch, of
+    which they keep the statistics until the next; the rest of it evaluates. Behind it all is as before.
     """
-    norms = [norm for name, norm in batch_norms(net).items() if mode_of(own, name) != "frozen"]
+    norms = [norm for name, norm in batch_norms(net).items() if mode_of(own, name) in modes]
     held = [(norm.momentum, [(each, each.clone()) for each in norm.buffers()]) for norm in norms]
     try:
         for norm in norms:

@@ -198,19 +198,16 @@ def twin(net: ResNet) -> ResNet:
 
 
 def behind_strides(net: ResNet) -> list[str]:
-    """The norms behind the 3×3 of these blocks."""
-    kinds = {block.name: block.spec.kind for block in net.plan.blocks}
-    return [f"{block}.{BEHIND[kinds[block]]}" for block in strided(net)]
+    """The norms behind the 3×3 of these blocks that keep statistics."""
+    kinds, norms = {block.name: block.spec.kind for block in net.plan.blocks}, batch_norms(net)
+    names = [f"{block}.{BEHIND[kinds[block]]}" for block in strided(net)]
+    return [name for name in names if name in norms and norms[name].running_mean is not None]
 
 
 def fit_of_strides(net: ResNet, built: Mapping[str, Moments], flipped: Mapping[str, Moments]) -> Fit | None:
     """The norms behind the 3×3 of strided blocks between the network as built and its twin; None where none tells."""
     norms = batch_norms(net)
-    rows = [
-        (norms[name], built[name], flipped[name])
-        for name in behind_strides(net)
-        if name in built and norms[name].running_mean is not None
-    ]
+    rows = [(norms[name], built[name], flipped[name]) for name in behind_strides(net) if name in built]
     return compared(rows) if rows else None
 
 

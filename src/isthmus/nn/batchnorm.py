@@ -21,6 +21,7 @@ __all__ = [
     "SynchronisedBatchNorm3d",
     "freeze_batchnorm",
     "precise_batchnorm",
+    "separate_batchnorm",
     "synchronise_batchnorm",
 ]
 
@@ -110,6 +111,11 @@ def freeze_batchnorm(module: nn.Module) -> int:
 def synchronise_batchnorm(module: nn.Module) -> int:
     """Let every batch norm inside `module` see the batches of all processes; returns how many. Frozen ones stay so."""
     return _become(module, SYNCHRONISED)
+
+
+def separate_batchnorm(module: nn.Module) -> int:
+    """Let every synchronised batch norm inside `module` see the batches of its own process alone; returns how many."""
+    return _become(module, {theirs: own for own, theirs in SYNCHRONISED.items()})
 
 
 def _become(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) -> int:
