@@ -56,6 +56,8 @@ def test_a_network_at_hand(net, folder):
     assert same(before, copied(net))
     with pytest.raises(RunError, match="name the pictures with data"):
         diagnosis(net)
+    with pytest.raises(RunError, match=r"is diagnosed where it is; leave out device, or move it by net\.to"):
+        diagnosis(net, str(folder), device="cpu")
 
 
 def test_more_pictures_than_there_are(net, folder):
@@ -68,6 +70,8 @@ def test_loose_pictures_and_those_of_other_classes_have_no_labels(net, folder):
     recorder = Recorder()
     found = diagnosis(net, str(folder / "class1"), reporter=recorder)
     assert found.healthy
+    assert recorder.lines[0].startswith("the pictures count as unlabelled: ")  # and why
+    assert "class1" in recorder.lines[0]
     assert [each.reason for each in found.unchecked if "gradients" in each.what] == ["the pictures have no labels"]
     net = isthmus.create(shrunk("resnet26"), weights=net)
     net.classes = ("cat", "dog", "cow", "hen")

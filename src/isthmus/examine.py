@@ -14,6 +14,7 @@ from isthmus.data.unlabelled import open_unlabelled
 from isthmus.diagnose.diagnosis import diagnose
 from isthmus.diagnose.findings import Diagnosis
 from isthmus.errors import DataError, RunError
+from isthmus.messages import first_line
 from isthmus.nn.batchnorm import freeze_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
@@ -43,14 +44,16 @@ def diagnosis(
 
     `data` names them as `open_data` or `open_unlabelled` take them; without it they are the run's own validation
     pictures. Of a run, what it froze counts as frozen, and steps are those of its recipe at the peak rate. A network at
-    hand stays as it is, bit for bit. Tensors: `isthmus.diagnose.diagnosis.diagnose`. Raises RunError where no pictures
-    are named.
+    hand stays as it is, bit for bit, and where it is: `device` is of the others. Tensors:
+    `isthmus.diagnose.diagnosis.diagnose`. Raises RunError where no pictures are named.
     """
     keep_freed_memory()
     reporter = reporter or Reporter()
     if pictures < 2:
         raise DataError(f"pictures is {pictures}; a diagnosis needs 2 or more, better {PICTURES}")
     if isinstance(run, ResNet):
+        if device is not None:
+            raise RunError("a network at hand is diagnosed where it is; leave out device, or move it by net.to(device)")
         if isinstance(data, str) and not data:
             raise RunError("a network at hand does not say what it was trained on; name the pictures with data")
         found = labelled(data, run, reporter) if isinstance(data, Pictures) else pictures_of(data, run, reporter)
@@ -84,8 +87,10 @@ def pictures_of(data: str, net: ResNet, reporter: Reporter) -> Pictures:
     """The pictures that are named, labelled where they are and the network knows their classes."""
     try:
         found = open_pictures(data)
-    except DataError:
-        return open_unlabelled(data)
+    except DataError as error:
+        loose = open_unlabelled(data)
+        reporter.say(f"the pictures count as unlabelled: {first_line(error)}")
+        return loose
     return labelled(found, net, reporter)
 
 

@@ -58,7 +58,9 @@ def print_findings(found: Diagnosis) -> None:
 
 
 def print_figures(found: Diagnosis) -> None:
-    """A row a block and strip, and those norms that are furthest off."""
+    """A row a block and strip, and those norms that are furthest off; nothing where what is no number spoils it all."""
+    if not found.blocks:
+        return
     print_table(
         "Blocks",
         ("block", "weights", "output", "gradient", "at its input", "|dw| / |w|"),
