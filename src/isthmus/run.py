@@ -22,15 +22,15 @@ from isthmus.data.loader import Loader
 from isthmus.data.pictures import Pictures
 from isthmus.data.sources import DataSet, open_data
 from isthmus.data.transform import normalise
-from isthmus.errors import DataError, IsthmusError, RecipeError, RunError
+from isthmus.errors import DataError, RecipeError, RunError
 from isthmus.evaluation.inference import Inference
 from isthmus.evaluation.metrics import Tally
 from isthmus.examine import diagnosis
-from isthmus.messages import first_line, listed
+from isthmus.messages import listed
 from isthmus.nn.fold import insert_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
-from isthmus.report.write import LOOKED_AT, write_report
+from isthmus.report.write import LOOKED_AT, reason, write_report
 from isthmus.runtime import Machine, Precision, keep_freed_memory, machine, versions
 from isthmus.train.distributed import World, joined
 from isthmus.train.features import extract, with_head
@@ -183,8 +183,7 @@ def reported(folder: Path, data: DataSet, here: Machine, reporter: Reporter) -> 
         looked = partial(diagnosis, folder, data.val, pictures=LOOKED_AT, device=here.device)
         reporter.say(f"report: {write_report(folder, val=data.val, diagnose=looked)}")
     except Exception as error:  # noqa: BLE001 - the run took hours
-        reason = str(error) if isinstance(error, IsthmusError) else f"{type(error).__name__}: {first_line(error)}"
-        reporter.say(f"the run is whole, but not its report: {reason}; once mended: isthmus report {folder}")
+        reporter.say(f"the run is whole, but not its report: {reason(error)}; once mended: isthmus report {folder}")
 
 
 def check_sizes(recipe: Recipe, record: Preprocess, data: DataSet, world: World) -> None:

@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from PIL import Image
 
 import isthmus
 from isthmus.data.sources import open_data
+from isthmus.diagnose.findings import BlockSignals, Diagnosis, Spread
 from isthmus.errors import RunError
 from isthmus.evaluation.metrics import Tally, wilson
 from isthmus.report.gather import gather
@@ -194,6 +196,53 @@ def test_pictures_that_are_others_now(runs, mixed, tmp_path):
     page = Page(write_report(runs[TUNED], tmp_path / "page.html", val=turned))
     assert "others are in their places" in page.text
     assert not [each for each in page.all("img") if "taken for" in each["alt"]]
+
+
+NONE = Spread(mean=math.nan, deviation=math.nan)
+SPOILT = Diagnosis(
+    findings=(),
+    blocks=(BlockSignals(name="layer1.0", weight=1.0, scale=1.0, gradient=NONE),),
+    strips=(),
+    norms=(),
+    checked=("gradients and updates",),
+    unchecked=(),
+    pictures=16,
+)
+
+
+def test_figures_that_are_no_numbers(runs, tmp_path):
+    """Of a rate far too high: a word in the page, null in its data, which any reader of JSON takes."""
+    folder = tmp_path / "run"
+    shutil.copytree(runs[TUNED], folder)
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows[-1]["val_loss"] = None  # as the log has it
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_report(folder, diagnose=lambda: SPOILT)
+    page = Page(path)
+    page.check()
+    assert "no number" in page.text
+    document = json.loads(path.with_suffix(".json").read_text(), parse_constant=pytest.fail)
+    assert document["diagnosis"]["blocks"][0]["gradient"] == {"mean": None, "deviation": None}
+
+
+def fails(*_arguments, **_options):
+    raise torch.OutOfMemoryError("no memory is left on the GPU")
+
+
+def test_a_diagnosis_that_fails_costs_itself_alone(runs, tmp_path):
+    page = Page(write_report(runs[TUNED], tmp_path / "page.html", diagnose=fails))
+    page.check()
+    assert "the diagnosis: OutOfMemoryError: no memory is left on the GPU" in page.text
+    assert "Reliability" in page.text
+    assert [each for each in page.all("img") if "taken for" in each["alt"]]
+
+
+def test_heat_maps_that_fail_cost_pictures_alone(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr("isthmus.report.write.heat_maps", fails)
+    page = Page(write_report(runs[TUNED], tmp_path / "page.html"))
+    page.check()
+    assert "the pictures of mistakes: OutOfMemoryError: no memory is left on the GPU" in page.text
+    assert "sure of" in page.text
 
 
 def test_no_mistakes(runs, tmp_path):

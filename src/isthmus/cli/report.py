@@ -58,7 +58,7 @@ def report(
 
 def print_runs(document: Mapping[str, Any]) -> None:
     """The scores of runs that were compared."""
-    note = "" if document["same_pictures"] else "Not validated on the same pictures."
+    note = "" if document["same_pictures"] else "Perhaps not validated on the same pictures."
     print_table(
         "",
         ("run", "accuracy", "95 %", "balanced", "loss", "params", "MACs"),

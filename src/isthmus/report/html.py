@@ -163,7 +163,7 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
             ("Calibration error", percent(calibration["expected_error"]), lean(Calibration.from_dict(calibration)))
         )
     found.append(
-        ("Parameters", count(network["params"]), " · ".join(map(str, (network["name"], f"{network['size']} px"))))
+        ("Parameters", count(network["params"]), " · ".join(filter(None, (network["name"], f"{network['size']} px"))))
     )
     if network["macs"]:
         found.append(("Multiply-adds", macs(network["macs"]), f"a picture; {len(network['views'])} × in a prediction"))
@@ -351,7 +351,7 @@ def loss_plot(log: Mapping[str, Any]) -> Plot:
     return plotted(
         line_figure(losses(log), across="epoch", up="loss (nats)"),
         "Loss",
-        f"Training and validation loss over {len(rows)} epochs; validation ends at {rows[-1]['val_loss']:.3f}",
+        f"Training and validation loss over {len(rows)} epochs; validation ends at {number(rows[-1]['val_loss'])}",
         ("epoch", "training", "validation"),
         [(row["epoch"], number(row["loss"]), number(row["val_loss"])) for row in rows],
     )
@@ -477,9 +477,11 @@ def blocks_of(diagnosis: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def spread(value: Mapping[str, float] | None) -> str:
+def spread(value: Mapping[str, float | None] | None) -> str:
     """A mean with its deviation."""
-    return "–" if value is None else f"{value['mean']:.3g} ± {value['deviation']:.1g}"
+    if value is None:
+        return "–"
+    return "no number" if None in value.values() else f"{value['mean']:.3g} ± {value['deviation']:.1g}"
 
 
 def strips_of(diagnosis: Mapping[str, Any]) -> dict[str, Any]:

@@ -78,8 +78,13 @@ def add_diagnosis(document: dict[str, Any], diagnose: Callable[[], Diagnosis] | 
         return
     try:
         document["diagnosis"] = diagnose().to_dict()
-    except IsthmusError as error:
-        document["missing"].append(f"the diagnosis: {first_line(error)}")
+    except Exception as error:  # noqa: BLE001 - a GPU without memory, a bug: the scores and pictures are worth more
+        document["missing"].append(f"the diagnosis: {reason(error)}")
+
+
+def reason(error: Exception) -> str:
+    """What an error says, in a line; one that no user can mend by what it says has its type before it."""
+    return first_line(error) if isinstance(error, IsthmusError) else f"{type(error).__name__}: {first_line(error)}"
 
 
 def add_pictures(gathered: Gathered, folder: Path, val: Pictures | None) -> None:
@@ -97,8 +102,8 @@ def add_pictures(gathered: Gathered, folder: Path, val: Pictures | None) -> None
             document["missing"].append(
                 f"{lost} pictures of mistakes: they cannot be read, or others are in their places"
             )
-    except IsthmusError as error:
-        document["missing"].append(f"the pictures of mistakes: {first_line(error)}")
+    except Exception as error:  # noqa: BLE001 - as above
+        document["missing"].append(f"the pictures of mistakes: {reason(error)}")
 
 
 def is_there(row: Mapping[str, Any], pictures: Pictures) -> bool:
