@@ -3,8 +3,8 @@
 Networks of the table beside their plain twins, which have the same weights and no shortcuts, each with batch norm and
 without any norm. The pictures are scikit-learn's 1,797 scanned digits (8×8 pixels, enlarged to 32): ten classes, real,
 and learned within 200 steps by a network that learns at all. Gradients are those before training, training is 200 steps
-of SGD (50 without norms) at one rate for all. What is measured is told in `isthmus/diagnose/depth.py`; `isthmus depth
-NAME --data DATA` measures it on other pictures.
+of SGD (without norms 50, and none of the ImageNet networks) at one rate for the twins of a network. What is measured is
+told in `isthmus/diagnose/depth.py`; `isthmus depth NAME --data DATA` measures it on other pictures.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from isthmus.report.drawing import BLUE, MARKERS, MUTED, ORANGE, save, styled
 from isthmus.runtime import machine
 from measure import RESULTS, spread, write_result
 
-NETS = {  # name -> steps with batch norm, and without norms
-    "resnet20_cifar": (200, 50),
-    "resnet56_cifar": (200, 50),
-    "resnet110_cifar": (200, 50),
-    "resnet50": (0, 0),
-    "resnet101": (0, 0),
-    "resnet152": (0, 0),
+NETS = {  # name -> rate of all its twins, steps with batch norm and without norms
+    "resnet20_cifar": (0.005, 200, 50),
+    "resnet56_cifar": (0.005, 200, 50),
+    "resnet110_cifar": (0.005, 200, 50),
+    "resnet50": (0.0005, 200, 0),  # at ten times the rate the wide last stage, one position a picture, goes astray
+    "resnet101": (0.0005, 200, 0),
+    "resnet152": (0.0005, 200, 0),
 }
 SEEDS = range(3)
-SIDE, BATCH, LR = 32, 16, 0.005
+SIDE, BATCH = 32, 16
 CURVES = RESULTS / "depth_curves.jsonl"
 FIGURE = Path(__file__).parents[1] / "docs" / "depth.svg"
 CIFAR, DEEPEST = tuple(NETS)[:3], "resnet110_cifar"
@@ -68,14 +68,14 @@ def measured(known: set[tuple[Any, ...]]) -> Iterator[Row]:
     record = Preprocess(resize=SIDE, crop=SIDE, mean=(0.3,) * 3, std=(0.37,) * 3)
     with tempfile.TemporaryDirectory() as folder:
         pictures = open_pictures(str(digits(Path(folder))))
-        for net, steps in NETS.items():
+        for net, (rate, *steps) in NETS.items():
             found = twins(replace(variant(net), num_classes=len(pictures.classes)))
             for seed in SEEDS:
                 loader = Loader(pictures=pictures, record=record, batch_size=BATCH, train=True, seed=seed)
                 for index, twin in enumerate(found):
                     if (net, seed, twin.shortcuts, twin.norm) not in known:
                         count = steps[twin.norm == "none"]
-                        row = measure_twin(found, index, loader, machine("cpu"), steps=count, lr=LR, seed=seed)
+                        row = measure_twin(found, index, loader, machine("cpu"), steps=count, lr=rate, seed=seed)
                         yield {"net": net, "seed": seed, **row.to_dict()}
 
 
