@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import isthmus
 from diagnosed import crops, made, settled, shrunk
 from isthmus.data.transform import normalise
 from isthmus.diagnose.findings import BlockSignals, Spread
@@ -130,8 +131,9 @@ def rows(gradients, inputs=None, updates=None):
     ("figures", "kinds"),
     [
         (rows([1.0, 1.0, 1.0]), []),
-        (rows([1.0, 1.0, 1.0], inputs=[1e-4, 1e-2, 1.0]), ["vanishing_gradient"]),
-        (rows([1.0, 1.0, 1.0], inputs=[5e3, 1e2, 1.0]), ["exploding_gradient"]),
+        (rows([1.0, 1.0, 1.0], inputs=[5e-5, 1e-2, 1.0]), ["vanishing_gradient"]),
+        (rows([1.0, 1.0, 1.0], inputs=[2e4, 1e2, 1.0]), ["exploding_gradient"]),
+        (rows([1.0, 1.0, 1.0], inputs=[3.2e3, 1e2, 1.0]), []),
         (rows([1.0, 0.0, 1.0]), ["no_gradient"]),
         (rows([1.0, math.nan, 1.0]), ["no_gradient"]),
         (rows([1.0, 1.0, 1.0], updates=[1e-3, 0.4, 2.0]), ["large_updates"]),
@@ -169,3 +171,23 @@ def test_gradients_that_are_no_numbers_are_a_finding(data):
     assert finding.kind == "no_gradient"
     assert finding.found == f"The gradient in the weights of layer1.0 is nan over {len(steps)} steps, as in all blocks."
     assert finding.mend.startswith("Lower the rate")
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"), [("resnetv2_164_cifar", []), ("resnet164_cifar", []), ("plain110_cifar", ["exploding_gradient"])]
+)
+def test_deep_networks_before_training(photos, name, kinds):
+    """He et al. 2016 train the first two as they are; without shortcuts batch norm lets gradients grow."""
+    images, labels = crops(photos, 12, seed=5, side=16)
+    torch.manual_seed(0)
+    net = isthmus.create(name, num_classes=4)
+    blocks = [block.name for block in net.plan.blocks]
+    steps = take_steps(
+        net,
+        [(normalise(images, net.preprocess), labels)],
+        blocks,
+        F.cross_entropy,
+        lambda net: torch.optim.SGD(net.parameters(), lr=1e-4),
+    )
+    found = gradient_findings(signals(net, blocks, dict.fromkeys(blocks, 1.0), steps), 1)
+    assert [each.kind for each in found if "gradient" in each.kind] == kinds
