@@ -108,7 +108,9 @@ def test_a_run_whose_trunk_was_frozen(net, folder, tmp_path):
     found = diagnosis(out)
     assert found.healthy
     assert any(each.reason == "every block is frozen" for each in found.unchecked)
-    assert {row.mode for row in found.norms if not row.name.startswith("fc.")} == {"frozen"}
+    assert {row.mode for row in found.norms} == {"frozen"}  # also that of the head, which no batch has moved
+    assert any(row.name.startswith("fc.") for row in found.norms)
+    assert "batch size" not in {each.what for each in found.unchecked}
 
 
 def test_what_was_frozen_at_the_end_of_a_run():

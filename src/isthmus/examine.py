@@ -117,18 +117,26 @@ def some(found: Pictures, net: ResNet, count: int, *, skips: bool = False) -> tu
 
 
 def as_trained(net: ResNet, recipe: Recipe) -> ResNet:
-    """A run's network with frozen what was frozen at its end, in place: layers, and statistics that did not move."""
+    """A run's network with frozen what was frozen at its end, in place: layers, and statistics that did not move.
+
+    Those in the head of a probe are of the features that it was fitted to, once.
+    """
     until = frozen_at(recipe, net.stages, recipe.epochs - 1)
     freeze(net, until if until in ("none", "stem", *net.stages) else "trunk")
     for name, child in net.named_children():
-        if name != "fc" and not recipe.train_norm:
+        if is_probe(recipe) if name == "fc" else not recipe.train_norm:
             freeze_batchnorm(child)
     return net
 
 
+def is_probe(recipe: Recipe) -> bool:
+    """Whether a run fits a head on features that are computed once."""
+    return recipe.freeze == "trunk" and not recipe.unfreeze_epochs
+
+
 def seen_at_once(recipe: Recipe, folder: Path) -> int:
     """Pictures that a batch norm saw at once; 0 for a probe, which fits its head on all features."""
-    if recipe.freeze == "trunk" and not recipe.unfreeze_epochs:
+    if is_probe(recipe):
         return 0
     try:
         processes = int(json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["processes"])

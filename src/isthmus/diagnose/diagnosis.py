@@ -178,7 +178,7 @@ class Examination:
         if self.batch:
             self.findings += batch_findings(rows, self.batch)
             self.checked.append("batch size")
-        else:
+        elif any(row.mode != "frozen" for row in rows):
             self.unchecked.append(Unchecked(what="batch size", reason="how many pictures a step has is not known"))
         if len(self.images) < ENOUGH:
             why = f"{len(self.images)} pictures are too few, {ENOUGH} or more tell"
