@@ -1,6 +1,7 @@
 """How much of its strip a block uses: against a direct singular value decomposition, and by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,3 +122,14 @@ def test_basic_blocks_have_no_strip(images):
         net(normalise(images, net.preprocess))
     assert strips == []
     assert strip_unchecked(net, ()) == []
+
+
+def test_strips_that_no_head_reads(images):
+    spec = shrunk("resnet26")
+    net = settled(made(replace(spec, head=replace(spec.head, taps=("layer2",)))), images)
+    with watched_strips(net) as strips, torch.no_grad():
+        net(normalise(images, net.preprocess))
+    uses = strip_uses(strips)
+    assert [use.name for use in uses] == ["layer1.0", "layer1.1", "layer2.0", "layer2.1"]
+    (found,) = strip_unchecked(net, uses)
+    assert found.reason == "layer3.0, layer3.1, layer4.0, layer4.1: the head reads no map behind them"

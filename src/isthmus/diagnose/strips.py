@@ -111,11 +111,15 @@ def strip_uses(strips: Sequence[Strip]) -> tuple[StripUse, ...]:
 def strip_unchecked(net: ResNet, uses: Sequence[StripUse]) -> list[Unchecked]:
     """The strips of which nothing can be said, or not their rank."""
     known = {use.name for use in uses}
-    own = [block.name for block in net.plan.blocks if block.spec.kind != "basic" and block.name not in known]
+    missing = {block.name: block.spec.kind for block in net.plan.blocks if block.name not in known}
+    own = [name for name, kind in missing.items() if kind not in ("basic", *BEHIND)]
+    unread = [name for name, kind in missing.items() if kind in BEHIND]
     few = [use for use in uses if not use.enough]
     found = []
     if own:
         found.append(Unchecked(what="strips", reason=f"{listed(own)}: where an own block has its strip is not known"))
+    if unread:
+        found.append(Unchecked(what="strips", reason=f"{listed(unread)}: the head reads no map behind them"))
     if few:
         worst = max(few, key=lambda use: use.width / use.samples)
         found.append(
