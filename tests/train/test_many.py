@@ -56,7 +56,16 @@ class Runs:
         self.settings = {"ISTHMUS_CACHE": str(root / "cache")}
 
     def alone(self, name: str) -> Path:
-        command = [sys.executable, "-m", "isthmus", "train", *self.options, "--no-report", "--out", str(self.root / name)]
+        command = [
+            sys.executable,
+            "-m",
+            "isthmus",
+            "train",
+            *self.options,
+            "--no-report",
+            "--out",
+            str(self.root / name),
+        ]
         subprocess.run(command, env=environment(**self.settings), check=True, capture_output=True)
         return self.root / name
 
