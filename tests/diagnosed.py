@@ -70,6 +70,14 @@ def crops(photos: Sequence[Path], count: int, seed: int, side: int = SIDE) -> tu
     return torch.stack(images)[order], torch.tensor(labels)[order]
 
 
+def class_crops(root: Path, photos: Sequence[Path], count: int, seed: int) -> Path:
+    """Such pieces as files in class folders."""
+    for place, (image, label) in enumerate(zip(*crops(photos, count, seed), strict=True)):
+        (root / f"class{label}").mkdir(exist_ok=True)
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f"class{label}" / f"{place}.png")
+    return root
+
+
 def shrunk(name: str, **changes: object) -> NetSpec:
     """A row of the table with an eighth of its widths and at most two blocks a stage; groups stay as wide."""
     spec = variant(name)
@@ -106,6 +114,13 @@ def made(spec: NetSpec, record: Preprocess | None = None) -> ResNet:
 def settled(net: ResNet, images: Tensor, record: Preprocess | None = None) -> ResNet:
     """The network with the exact statistics of pictures, prepared as `record` says, in place."""
     precise_batchnorm(net, normalise(images, record or net.preprocess).split(64))
+    return net
+
+
+def of_class_crops(photos: Sequence[Path]) -> ResNet:
+    """A healthy network that knows the classes of `class_crops`."""
+    net = settled(made(shrunk("resnet26")), crops(photos, 128, seed=1)[0])
+    net.classes = tuple(f"class{label}" for label in range(CLASSES))
     return net
 
 

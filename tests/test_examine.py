@@ -5,12 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 import isthmus
-from diagnosed import CLASSES, SIDE, crops, made, settled, shrunk
+from diagnosed import CLASSES, SIDE, class_crops, of_class_crops, shrunk
 from isthmus.data.sources import open_pictures
 from isthmus.diagnose.diagnosis import diagnose
 from isthmus.errors import DataError, RunError
@@ -23,19 +22,12 @@ from small_runs import Recorder, class_folders, copied, network, same, weights
 
 @pytest.fixture(scope="module")
 def folder(photos, tmp_path_factory):
-    """Class folders of 96 crops."""
-    root = tmp_path_factory.mktemp("pictures")
-    for place, (image, label) in enumerate(zip(*crops(photos, 96, seed=6), strict=True)):
-        (root / f"class{label}").mkdir(exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f"class{label}" / f"{place}.png")
-    return root
+    return class_crops(tmp_path_factory.mktemp("pictures"), photos, 96, seed=6)
 
 
 @pytest.fixture(scope="module")
 def net(photos):
-    found = settled(made(shrunk("resnet26")), crops(photos, 128, seed=1)[0])
-    found.classes = tuple(f"class{label}" for label in range(CLASSES))
-    return found
+    return of_class_crops(photos)
 
 
 @pytest.fixture(scope="module")

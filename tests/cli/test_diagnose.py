@@ -4,27 +4,20 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 
-from diagnosed import CLASSES, crops, made, settled, shrunk
+from diagnosed import class_crops, of_class_crops
 from isthmus.report.tables import console
 from small_runs import weights
 
 
 @pytest.fixture(scope="module")
 def folder(photos, tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures")
-    for place, (image, label) in enumerate(zip(*crops(photos, 64, seed=7), strict=True)):
-        (root / f"class{label}").mkdir(exist_ok=True)
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(root / f"class{label}" / f"{place}.png")
-    return root
+    return class_crops(tmp_path_factory.mktemp("pictures"), photos, 64, seed=7)
 
 
 @pytest.fixture(scope="module")
 def net(photos):
-    found = settled(made(shrunk("resnet26")), crops(photos, 128, seed=1)[0])
-    found.classes = tuple(f"class{label}" for label in range(CLASSES))
-    return found
+    return of_class_crops(photos)
 
 
 def test_a_healthy_network(isthmus, net, folder, tmp_path, monkeypatch):
