@@ -30,7 +30,7 @@ from isthmus.messages import listed
 from isthmus.nn.fold import insert_batchnorm
 from isthmus.nn.freeze import freeze
 from isthmus.nn.network import ResNet
-from isthmus.report.write import LOOKED_AT, reason, write_report
+from isthmus.report.write import LOOKED_AT, PAGE, reason, write_report
 from isthmus.runtime import Machine, Precision, keep_freed_memory, machine, versions
 from isthmus.train.distributed import World, joined
 from isthmus.train.features import extract, with_head
@@ -88,7 +88,7 @@ def fit(
     torchrun every process calls this, one of them writes, and a process that was started anew resumes. Raises RunError
     when `out` holds a run already (unless `resume`, which takes the run's own recipe), Interrupted (after saving) on
     Ctrl-C. Nothing is written before data, recipe and weights are known to be sound. Whatever fails in the `report`
-    (`isthmus.report.write`) is told, and the run is whole without it.
+    (`isthmus.report.write`) is told, and the run is whole without it; `resume` makes one that a finished run lacks.
     """
     keep_freed_memory()
     with joined(device) as world:
@@ -114,6 +114,8 @@ def fit_in(
         check_folder(Path(out), recipe, resume=resume)
     if resume and (scores := finished(Path(out))):
         reporter.say(f"{out} is finished; to train on, begin another run from it: --weights {out}")
+        if world.main and report and not (Path(out) / PAGE).exists():  # it was stopped before that
+            reported(Path(out), data, here, reporter)
         return Run(folder=Path(out), scores=scores, seconds=time.perf_counter() - began)
     data = data or open_data(recipe.data, val_fraction=recipe.val_fraction, seed=recipe.seed)
     net = starting_network(recipe, data.classes)
@@ -177,11 +179,15 @@ def fit_there(
     return Run(folder=folder, scores=scores, seconds=seconds)
 
 
-def reported(folder: Path, data: DataSet, here: Machine, reporter: Reporter) -> None:
-    """Write the report of a finished run; whatever fails there, the run is whole, and the reason is told."""
+def reported(folder: Path, data: DataSet | None, here: Machine, reporter: Reporter) -> None:
+    """Write the report of a finished run; whatever fails there, the run is whole, and the reason is told.
+
+    Without `data` its recipe says where the pictures are.
+    """
     try:
-        looked = partial(diagnosis, folder, data.val, pictures=LOOKED_AT, device=here.device)
-        reporter.say(f"report: {write_report(folder, val=data.val, diagnose=looked)}")
+        val = None if data is None else data.val
+        looked = partial(diagnosis, folder, "" if val is None else val, pictures=LOOKED_AT, device=here.device)
+        reporter.say(f"report: {write_report(folder, val=val, diagnose=looked)}")
     except Exception as error:  # noqa: BLE001 - the run took hours
         reporter.say(f"the run is whole, but not its report: {reason(error)}; once mended: isthmus report {folder}")
 

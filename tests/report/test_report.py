@@ -23,6 +23,7 @@ from isthmus.report.gather import gather
 from isthmus.report.images import confusion_picture, heated, jpeg
 from isthmus.report.write import write_report
 from isthmus.run import evaluate, fit
+from isthmus.train.recipe import Recipe
 from isthmus.train.recipes import recipe
 from made_up_runs import made_up_run
 from report_pages import HOSTILE, PROBE, TUNED, Page
@@ -305,6 +306,21 @@ def test_a_run_without_a_report(runs, mixed, tmp_path, monkeypatch):
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
     run = fit(recipe("linear-probe", data=str(mixed), weights=str(runs[PROBE])), tmp_path / "run", report=False)
     assert not list(run.folder.glob("report*"))
+
+
+def test_a_run_that_was_stopped_before_its_report_gets_it_on_resume(runs, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(runs[TUNED], folder, ignore=shutil.ignore_patterns("report.*", "checkpoints", "tensorboard"))
+    made, recorder = Recipe.from_file(folder / "recipe.toml"), Recorder()
+    fit(made, folder, resume=True, report=False)
+    assert not (folder / "report.html").exists()
+    fit(made, folder, resume=True, reporter=recorder)
+    assert recorder.lines[-1] == f"report: {folder / 'report.html'}"
+    page = Page(folder / "report.html")
+    page.check()
+    assert "Not in this report" not in page.text
+    fit(made, folder, resume=True, reporter=recorder)
+    assert len(recorder.lines) == 3  # what is there stays
 
 
 # --- many classes
