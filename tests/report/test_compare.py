@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import RunError
-from isthmus.report.compare import class_differences, differences, labels
+from isthmus.report.compare import class_differences, differences, labels, verdict
 from isthmus.report.write import write_comparison
 from report_pages import PROBE, TUNED, Page
 
@@ -86,3 +86,30 @@ def test_classes_that_differ_most_come_first():
     rows = class_differences([run(a=0.5, b=0.9, c=0.3), run(a=0.5, b=0.2)])
     assert [row["name"] for row in rows] == ["b", "a", "c"]
     assert rows[2]["found"] == [0.3, None]
+
+
+@pytest.mark.parametrize(
+    ("parts", "wanted"),
+    [
+        ({"a": 0.9, "b": 0.2}, "a is right most often: 90.0 % (80.0–95.0 %). Its interval overlaps with no other."),
+        (
+            {"a": 0.85, "b": 0.9},
+            (
+                "b is right most often: 90.0 % (80.0–95.0 %). Its interval overlaps with that of a, so these pictures "
+                "alone do not settle it."
+            ),
+        ),
+        ({"a": 0.9, "b": 0.9}, "a and b are right equally often: 90.0 % (80.0–95.0 %)."),
+        (
+            {"a": 0.9, "b": 0.1, "c": 0.9},
+            "a and c are right equally often: 90.0 % (80.0–95.0 %). Their interval overlaps with no other.",
+        ),
+    ],
+)
+def test_which_run_is_best(parts, wanted):
+    rows = [
+        {"name": name, "accuracy": {"value": part, "low": part - 0.1, "high": part + 0.05}}
+        for name, part in parts.items()
+    ]
+    found = verdict(rows, max(rows, key=lambda row: row["accuracy"]["value"]))
+    assert found.replace("\N{NO-BREAK SPACE}", " ").replace("\N{WORD JOINER}", "") == wanted

@@ -152,14 +152,19 @@ def shown(value: object) -> str:
 
 def verdict(rows: Documents, best: Mapping[str, Any]) -> str:
     """Which run is best, and whether the intervals leave it open."""
-    rest = [row for row in rows if row is not best]
-    close = [row["name"] for row in rest if row["accuracy"]["high"] >= best["accuracy"]["low"]]
-    lead = f"{best['name']} is right most often: {percent(best['accuracy']['value'])} ({interval(best['accuracy'])})."
+    part = best["accuracy"]
+    alike = [row["name"] for row in rows if row["accuracy"]["value"] == part["value"]]
+    rest = [row for row in rows if row["name"] not in alike]
+    close = [row["name"] for row in rest if row["accuracy"]["high"] >= part["low"]]
+    one = len(alike) == 1
+    lead = f"{best['name']} is right most often" if one else f"{' and '.join(alike)} are right equally often"
+    lead += f": {percent(part['value'])} ({interval(part)})."
+    if not rest:
+        return lead
+    own = "Its interval overlaps" if one else "Their interval overlaps"
     if close:
-        return (
-            f"{lead} Its interval overlaps with that of {', '.join(close)}, so these pictures alone do not settle it."
-        )
-    return f"{lead} Its interval overlaps with no other."
+        return f"{lead} {own} with that of {', '.join(close)}, so these pictures alone do not settle it."
+    return f"{lead} {own} with no other."
 
 
 def score_row(row: Mapping[str, Any], *, five: bool) -> tuple[str, ...]:
