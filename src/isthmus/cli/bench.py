@@ -123,7 +123,7 @@ def engines(
     from isthmus.arch.cost import cost
     from isthmus.arch.variants import variants
     from isthmus.deploy.engines import ENGINES, PRECISIONS, EnginePrecision, Model
-    from isthmus.deploy.pace import limit
+    from isthmus.deploy.limits import limits as limits_of_machine
     from isthmus.deploy.predictor import HINTS, Hint, Timed, choose
     from isthmus.deploy.program import input_size
     from isthmus.deploy.quantize import to_be_timed
@@ -149,6 +149,7 @@ def engines(
             for hint in HINTS:
                 reporter.say(f"timing {count} at once for {hint}")
                 found[count, hint] = choose(model, hint=hint, batch_size=count, again=True)[0]
+        machine_limits = limits_of_machine(say=reporter.say)
     timed: dict[tuple[EnginePrecision, str], dict[tuple[int, Hint], Timed]] = {
         (row.precision, row.engine): {} for choice in found.values() for row in choice.rows
     }
@@ -158,19 +159,19 @@ def engines(
     side, here = input_size(net), machine("cpu")
     flops = cost(net.spec, side).flops
     used = [precision for precision in PRECISIONS if any(precision in pair for pair in timed)]
-    limits = {precision: most / flops for precision in used if (most := limit(precision))}
+    most = {precision: rate / flops for precision in used if (rate := getattr(machine_limits, precision))}
     if as_json:
         rows = [
             records.to_dict(row) | {"batch_size": count, "hint": hint}
             for (count, hint), choice in found.items()
             for row in choice.rows
         ]
-        said = {"unit": "pictures/s", "network": network, "machine": here.name, "limits": limits, "rows": rows}
+        said = {"unit": "pictures/s", "network": network, "machine": here.name, "limits": most, "rows": rows}
         print(json.dumps(said, indent=2))  # noqa: T201
         return
 
     def told(row: Timed) -> str:
-        part = f" ({row.rate / limits[row.precision]:.2f})" if row.precision in limits else ""
+        part = f" ({row.rate / most[row.precision]:.2f})" if row.precision in most else ""
         return "–" if row.refused else f"{row.rate:.1f}{part}"
 
     print_table(
@@ -181,7 +182,7 @@ def engines(
             for precision in used
             for _, engine in sorted(pair for pair in timed if pair[0] == precision)
         ),
-        note="The limit: " + ", ".join(f"{each} {rate:.1f}" for each, rate in limits.items()),
+        note="The limit: " + ", ".join(f"{each} {rate:.1f}" for each, rate in most.items()),
     )
     notes += [str(row) for choice in found.values() for row in choice.rows if row.refused]
     print_report("\n".join(dict.fromkeys(notes)))
@@ -212,7 +213,7 @@ def limits(*, as_json: Json = False) -> None:
         ((binary(each.size), f"{each.rate / 1e9:.1f}") for each in found.bandwidth),
     )
     print_report(
-        "GOP/s: of a 3×3 convolution that fits the cache; a multiplication and an addition are two operations.\n"
+        "GOP/s: of a 5×5 convolution without padding; a multiplication and an addition are two operations.\n"
         "GB/s: read and written by all threads that go over so much memory again and again."
     )
 

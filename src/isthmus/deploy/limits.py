@@ -33,7 +33,6 @@ __all__ = ["bandwidth", "kept_limits", "limits", "measured_limits"]
 SIZES = tuple(2**power for power in range(15, 29))  # bytes of all threads together: of the first cache up to memory
 ROUNDS = 5
 LEAST = 0.02  # seconds of a round, so that what starts the threads is nothing beside it
-TRIES = 3  # of each rate
 BUSY = 0.75  # processes at work for each core
 ITEM = 4  # bytes of fp32
 Pass = tuple[Callable[[int], object], int]
@@ -79,9 +78,8 @@ def measured_limits(*, say: Callable[[str], object] = lambda _: None) -> Limits:
             f"this machine is busy (load {busy:.1f} on {count} cores), so that its limits come out too low: measure "
             f"again by `isthmus bench machine` when it is idle"
         )
-    # A limit is the most that was ever reached: what slows a try down is not the machine's.
-    tries = {each: [limit(each) or 0.0 for _ in range(TRIES)] for each in PRECISIONS if each != "bf16" or native_bf16()}
-    rates = {each: max(found) for each, found in tries.items() if max(found)}
+    has = [each for each in PRECISIONS if each != "bf16" or native_bf16()]
+    rates = {each: rate for each in has if (rate := limit(each))}
     threads = torch.get_num_threads()
     found = Limits(machine=cpu_name(), threads=threads, bandwidth=bandwidth(threads), **rates)
     text = json.dumps(records.to_dict(found))
