@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import isthmus
 from isthmus.diagnose.findings import KINDS, SEVERITIES, Finding, NormDrift, worst_first
 from isthmus.diagnose.hypotheses import behind_strides, stride_finding
-from isthmus.diagnose.moments import Moments, batch_norms
+from isthmus.diagnose.moments import Moments, batch_norms, norm_moments
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "src" / "isthmus" / "diagnose").glob("*.py"))
@@ -75,3 +76,14 @@ def test_a_network_of_the_table_with_the_other_stride_is_named():
     assert finding.where == "layer2.0, layer3.0, layer4.0"
     assert "Blocks stride on their 3×3" in finding.found
     assert stride_finding(net, flipped, built) == []
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_moments_of_several_batches_are_those_of_all(training):
+    """In double precision too, in which a norm's own buffers could be taken for what was kept of them."""
+    values = torch.randn(30, 3, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e4
+    net = nn.Sequential(nn.BatchNorm2d(3, momentum=1.0)).double().train(training)
+    found = norm_moments(net, values.split([2, 17, 11])).moments["0"]
+    torch.testing.assert_close(found.mean, values.mean((0, 2, 3)), rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.variance, values.transpose(0, 1).flatten(1).var(1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(found.pictures, values.mean((2, 3)), rtol=1e-12, atol=0)

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from isthmus.nn.batchnorm import BatchNorm
+from isthmus.nn.batchnorm import BatchNorm, Sums
 
 __all__ = ["Moments", "Pass", "batch_norms", "norm_moments"]
 
@@ -33,29 +34,22 @@ class Moments:
             mean, variance = norm.get_buffer("running_mean"), norm.get_buffer("running_var")
         else:
             variance, mean = torch.var_mean(x, (0, *over))
-        return cls(
-            mean=mean.cpu().double(),
-            variance=variance.cpu().double(),
+        return cls(  # copies: the next batch overwrites what a norm keeps
+            mean=mean.to("cpu", torch.float64, copy=True),
+            variance=variance.to("cpu", torch.float64, copy=True),
             pictures=pictures.cpu().double(),
             values=x[0, 0].numel(),
         )
 
     @classmethod
     def together(cls, parts: Sequence["Moments"]) -> Self:
-        """Those of several batches, by the law of total variance."""
-        values = parts[0].values
-        counts = [len(part.pictures) * values for part in parts]
-        every = sum(counts)
-        mean = sum((part.mean * (count / every) for part, count in zip(parts, counts, strict=True)), torch.zeros(()))
-        squares = sum(
-            (
-                part.variance * (count - 1) + (part.mean - mean).square() * count
-                for part, count in zip(parts, counts, strict=True)
-            ),
-            torch.zeros(()),
-        )
+        """Those of several batches."""
+        each = [
+            Sums(count := len(part.pictures) * part.values, part.mean, part.variance * (count - 1)) for part in parts
+        ]
+        every = reduce(Sums.joined, each)
         pictures = torch.cat([part.pictures for part in parts])
-        return cls(mean=mean, variance=squares / (every - 1), pictures=pictures, values=values)
+        return cls(mean=every.mean, variance=every.variance, pictures=pictures, values=parts[0].values)
 
     def noise(self, batch: int) -> float:
         """Standard error of the mean of `batch` pictures, in standard deviations of a channel, rms over channels.

@@ -1,7 +1,7 @@
 """Batch norm beyond torch's own: frozen whatever `.train()` says, synchronised, also on the CPU, and precise."""
 
 from collections.abc import Iterable
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, distributed, nn
@@ -129,6 +129,28 @@ def _become(module: nn.Module, classes: dict[type[nn.Module], type[nn.Module]]) 
     return count
 
 
+class Sums(NamedTuple):
+    """Moments of each channel (C,) in sums that join: how many values, their mean, their summed squared deviation."""
+
+    values: float
+    mean: Tensor
+    squares: Tensor
+
+    def joined(self, other: Self) -> Self:
+        """Those of both (Chan et al. 1979), so that nothing cancels."""
+        both, apart = self.values + other.values, other.mean - self.mean
+        return type(self)(
+            both,
+            self.mean + apart * (other.values / both),
+            self.squares + other.squares + apart.square() * (self.values * other.values / both),
+        )
+
+    @property
+    def variance(self) -> Tensor:
+        """With Bessel's correction, as running variances have."""
+        return self.squares / (self.values - 1)
+
+
 @torch.no_grad()
 def precise_batchnorm(net: nn.Module, batches: Iterable[Tensor]) -> int:
     """Give every batch norm of `net` that is not frozen the exact statistics of `batches`, in place; returns how many.
@@ -145,7 +167,7 @@ def precise_batchnorm(net: nn.Module, batches: Iterable[Tensor]) -> int:
     norms = [module for module in net.modules() if isinstance(module, BatchNorm) and module.training]
     norms = [norm for norm in norms if norm.running_mean is not None]
     held = [({name: each.clone() for name, each in norm.named_buffers()}, norm.momentum) for norm in norms]
-    moments: dict[nn.Module, tuple[float, Tensor, Tensor]] = {}  # values, their mean and summed squared deviation
+    moments: dict[nn.Module, Sums] = {}
 
     def check(_norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if inputs[0].numel() == inputs[0].shape[1]:
@@ -153,11 +175,10 @@ def precise_batchnorm(net: nn.Module, batches: Iterable[Tensor]) -> int:
 
     def add(norm: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
         values = inputs[0].numel() / inputs[0].shape[1]
-        mean, var = (norm.get_buffer(name).cpu().double() for name in ("running_mean", "running_var"))
-        count, centre, squares = moments.get(norm, (0.0, torch.zeros_like(mean), torch.zeros_like(mean)))
-        both, apart = count + values, mean - centre  # Chan et al. 1979, so that nothing cancels
-        squares = squares + var * (values - 1) + apart.square() * (count * values / both)
-        moments[norm] = both, centre + apart * (values / both), squares
+        # Copies: the next batch overwrites the buffers.
+        mean, var = (norm.get_buffer(f"running_{name}").to("cpu", torch.float64, copy=True) for name in ("mean", "var"))
+        found = Sums(values, mean, var * (values - 1))
+        moments[norm] = moments[norm].joined(found) if norm in moments else found
 
     handles = [norm.register_forward_pre_hook(check) for norm in norms]
     handles += [norm.register_forward_hook(add) for norm in norms]
@@ -180,9 +201,9 @@ def precise_batchnorm(net: nn.Module, batches: Iterable[Tensor]) -> int:
             module.training = mode
     if norms and not moments:
         raise DataError("no batch was given to measure batch-norm statistics on; give some pictures")
-    for each, (count, mean, squares) in moments.items():
-        each.get_buffer("running_mean").copy_(mean)
-        each.get_buffer("running_var").copy_(squares / (count - 1))
+    for each, sums in moments.items():
+        each.get_buffer("running_mean").copy_(sums.mean)
+        each.get_buffer("running_var").copy_(sums.variance)
     return len(moments)
 
 
