@@ -53,7 +53,7 @@ def report(
         print_runs(document)
     else:
         print_findings(document)
-    console.print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; the same as data: {data}", soft_wrap=True, markup=False)
+    console.print(f"{path}: {path.stat().st_size / 1e6:.2f} MB; the same as data: {data}", soft_wrap=True, markup=False)
 
 
 def print_runs(document: Mapping[str, Any]) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 from isthmus.errors import RunError
 from isthmus.report.figures import Line, interval_figure, line_figure
 from isthmus.report.gather import SCHEMA
-from isthmus.report.html import Plot, interval, lasting, losses, made_page, number, percent, plotted, told
+from isthmus.report.page import Plot, interval, lasting, made_page, number, percent, plotted, told
+from isthmus.report.plots import losses
 from isthmus.report.tables import count
 
 __all__ = ["comparison", "comparison_page"]

@@ -1,96 +1,19 @@
 """Reports as single pages: they open from a disk, hold their pictures and figures, run no script and ask no host."""
 
-import json
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
-from importlib import metadata
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from isthmus.evaluation.calibration import Calibration
-from isthmus.report.drawing import DARK, LIGHT, inline
-from isthmus.report.figures import (
-    Line,
-    cost_figure,
-    floors_figure,
-    heads_figure,
-    line_figure,
-    reliability_figure,
-)
-from isthmus.report.gather import FEW, Gathered, thinned
+from isthmus.report.gather import FEW, Gathered
 from isthmus.report.images import confusion_picture
-from isthmus.report.tables import count, size
+from isthmus.report.page import interval, lasting, made_page, number, percent, told
+from isthmus.report.plots import cost_of, curves_of, lean, reliability_of
+from isthmus.report.tables import count
 
-if TYPE_CHECKING:
-    from jinja2 import Environment
-    from matplotlib.figure import Figure
-
-__all__ = ["Plot", "interval", "made_page", "percent", "plotted", "run_page"]
+__all__ = ["run_page"]
 
 WORST = 15  # classes that are listed, where there are many
-POINTS = 400  # of a curve that are drawn
-ROWS = 60  # of a curve that are listed
-Rows = Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Plot:
-    """A figure of a page: its title, the SVG, what to know, and the same as a table."""
-
-    title: str
-    svg: str
-    note: str
-    columns: tuple[str, ...]
-    rows: Rows
-
-
-def plotted(
-    figure: "Figure", title: str, alt: str, columns: tuple[str, ...], rows: Iterable[Sequence[object]], note: str = ""
-) -> Plot:
-    """A figure for a page; `alt` says in a sentence what it shows."""
-    from markupsafe import Markup
-
-    svg = Markup(inline(figure, alt))  # noqa: S704 - texts in it were escaped by matplotlib and by `inline`
-    lines = [tuple(map(str, row)) for row in rows]
-    return Plot(title=title, svg=svg, note=note, columns=columns, rows=thinned(lines, ROWS))
-
-
-def percent(part: float) -> str:
-    """A part of 1 in percent."""
-    return f"{100 * part:.1f}\N{NO-BREAK SPACE}%"
-
-
-def interval(part: Mapping[str, float]) -> str:
-    """The ends of an interval of a part of 1."""
-    dash = "\N{WORD JOINER}–\N{WORD JOINER}"  # no line ends at it
-    return f"{100 * part['low']:.1f}{dash}{100 * part['high']:.1f}\N{NO-BREAK SPACE}%"
-
-
-@cache
-def environment() -> "Environment":
-    """The templates; what comes from users is escaped in all of them."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    made = Environment(
-        loader=FileSystemLoader(Path(__file__).with_name("pages")),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    made.filters |= {"pct": percent, "span": interval}
-    return made
-
-
-def made_page(template: str, **values: Any) -> str:
-    """A page of that template."""
-    colours = {
-        name: "".join(f"--{key}: {value}; " for key, value in each.items())
-        for name, each in (("light", LIGHT), ("dark", {key: DARK[key] for key in DARK if DARK[key] != LIGHT[key]}))
-    }
-    return environment().get_template(template).render(version=metadata.version("isthmus"), **colours, **values)
 
 
 def run_page(gathered: Gathered) -> str:
@@ -166,30 +89,10 @@ def tiles(run: Mapping[str, Any]) -> list[dict[str, str]]:
         ("Parameters", count(network["params"]), " · ".join(filter(None, (network["name"], f"{network['size']} px"))))
     )
     if network["macs"]:
-        found.append(("Multiply-adds", macs(network["macs"]), f"a picture; {len(network['views'])} × in a prediction"))
+        found.append(("Multiply-adds", count(network["macs"]), f"a picture; {len(network['views'])} × in a prediction"))
     if seconds:
         found.append(("Trained in", lasting(seconds), run["environment"].get("machine", {}).get("name", "")))
     return [{"label": label, "value": value, "note": note} for label, value, note in found]
-
-
-def macs(number: int) -> str:
-    """Multiply-adds in three digits."""
-    scale, unit = next((each for each in ((1e9, "G"), (1e6, "M")) if number >= each[0]), (1e3, "k"))
-    return f"{number / scale:.3g}\N{NO-BREAK SPACE}{unit}"
-
-
-def lean(found: Calibration) -> str:
-    """Whether a network is too sure of itself, in a few words."""
-    if abs(found.excess) < 0.01:
-        return "as sure as it is right"
-    return f"{'too sure' if found.excess > 0 else 'not sure enough'}, by {100 * abs(found.excess):.1f} points"
-
-
-def lasting(seconds: float) -> str:
-    """A time in the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def wrong(run: Mapping[str, Any]) -> str:
@@ -260,188 +163,6 @@ def mistakes_note(mistakes: Sequence[Mapping[str, Any]]) -> str:
         "Look whether the label or the network is wrong: wrong labels, two classes in one picture and pictures of "
         "something else gather here."
         + (" Beside each picture, what speaks for the class that was said glows (Grad-CAM, last map)." if shown else "")
-    )
-
-
-def reliability_of(calibration: Mapping[str, Any] | None) -> tuple[Plot | None, str]:
-    """The reliability diagram, and whether the network is too sure."""
-    if calibration is None:
-        return None, ""
-    found = Calibration.from_dict(calibration)
-    error, bins = found.expected_error, len(found.count)
-    rows = [
-        (
-            interval({"low": place / bins, "high": (place + 1) / bins}),
-            f"{number:,}",
-            percent(found.confidence[place] / number),
-            percent(found.hits[place] / number),
-        )
-        for place, number in enumerate(found.count)
-        if number
-    ]
-    figure = plotted(
-        reliability_figure(found),
-        "Reliability",
-        f"Accuracy by confidence in {bins} bins; the mean distance from the diagonal is {percent(error)}",
-        ("confidence", "pictures", "mean confidence", "came true"),
-        rows,
-        "Bars and points: how often predictions of a confidence came true. On the dashed line, confidence is accuracy.",
-    )
-    told = f"Confidence and accuracy are {percent(error)} apart (expected calibration error, {bins} bins)."
-    return figure, f"{told} On the whole it is {lean(found)}."
-
-
-def curves_of(log: Mapping[str, Any], head: Sequence[str]) -> tuple[list[Plot], str]:
-    """How a run learned: heads compared, or loss, validation and rate; and a sentence on it."""
-    if log["heads"]:
-        return [heads_plot(log["heads"], head)], (
-            "The trunk stayed as it was. Heads on different stages were compared by cross-validation inside the "
-            f"training part; the one on {' + '.join(head)} was then trained on all of it."
-        )
-    if not log["epochs"]:
-        return [], ""
-    best = max(log["epochs"], key=lambda row: row["val_accuracy"])
-    last = log["epochs"][-1]
-    told = f"{last['epoch']} epochs; validation was best after epoch {best['epoch']}, {percent(best['val_accuracy'])}"
-    gap = best["val_accuracy"] - last["val_accuracy"]
-    told += f", and ended {100 * gap:.1f} points below." if gap > 0 else ", where it ended." if best is last else "."
-    return [loss_plot(log), validation_plot(log), rate_plot(log)], told
-
-
-def heads_plot(heads: Sequence[dict[str, Any]], chosen: Sequence[str]) -> Plot:
-    """The heads that were compared."""
-    return plotted(
-        heads_figure(heads, chosen),
-        "Heads compared",
-        f"Accuracy of {len(heads)} heads in cross-validation; the one on {' + '.join(chosen)} was chosen",
-        ("head reads", "accuracy", "loss"),
-        [(" + ".join(row["taps"]), percent(row["accuracy"]), f"{row['loss']:.4f}") for row in heads],
-        "Blue: the head that was chosen.",
-    )
-
-
-def line(label: str, points: Iterable[tuple[float | None, float | None]], place: int = 0) -> Line:
-    """A line of the points that are numbers, as many of them as can be told apart."""
-    kept = thinned([(x, y) for x, y in points if x is not None and y is not None], POINTS)
-    return Line(label=label, x=tuple(x for x, _ in kept), y=tuple(y for _, y in kept), place=place)
-
-
-def epochs_at(steps: Sequence[Mapping[str, Any]]) -> list[float]:
-    """The epochs done at each row of steps."""
-    if not steps:
-        return []
-    each = steps[-1]["step"] / steps[-1]["epoch"]
-    return [row["step"] / each for row in steps]
-
-
-def losses(log: Mapping[str, Any]) -> list[Line]:
-    """Loss over epochs: of training as it went, of validation behind each."""
-    steps, epochs = log["steps"], log["epochs"]
-    x = epochs_at(steps) or [row["epoch"] for row in epochs]
-    train = zip(x, (row["loss"] for row in steps or epochs), strict=True)
-    return [
-        line("training", train),
-        line("validation", ((row["epoch"], row["val_loss"]) for row in epochs), 1),
-    ]
-
-
-def loss_plot(log: Mapping[str, Any]) -> Plot:
-    """Loss of training and of validation."""
-    rows = log["epochs"]
-    return plotted(
-        line_figure(losses(log), across="epoch", up="loss (nats)"),
-        "Loss",
-        f"Training and validation loss over {len(rows)} epochs; validation ends at {number(rows[-1]['val_loss'])}",
-        ("epoch", "training", "validation"),
-        [(row["epoch"], number(row["loss"]), number(row["val_loss"])) for row in rows],
-    )
-
-
-def number(value: float | None) -> str:
-    """A value in four digits, or that there is none."""
-    return "–" if value is None else f"{value:.4g}"
-
-
-def validation_plot(log: Mapping[str, Any]) -> Plot:
-    """Validation accuracy behind each epoch."""
-    rows = log["epochs"]
-    lines = [
-        line("accuracy", ((row["epoch"], row["val_accuracy"]) for row in rows)),
-        line("balanced", ((row["epoch"], row["val_balanced_accuracy"]) for row in rows), 2),
-    ]
-    return plotted(
-        line_figure(lines, across="epoch", up="validation accuracy", percent=True),
-        "Validation",
-        f"Validation accuracy over {len(rows)} epochs; it ends at {percent(rows[-1]['val_accuracy'])}",
-        ("epoch", "accuracy", "balanced"),
-        [(row["epoch"], percent(row["val_accuracy"]), percent(row["val_balanced_accuracy"])) for row in rows],
-    )
-
-
-def rate_plot(log: Mapping[str, Any]) -> Plot:
-    """The learning rate."""
-    steps = log["steps"] or log["epochs"]
-    x = epochs_at(log["steps"]) or [row["epoch"] for row in steps]
-    return plotted(
-        line_figure([line("rate", zip(x, (row["lr"] for row in steps), strict=True), 3)], across="epoch", up="rate"),
-        "Learning rate",
-        f"The learning rate over the run; its peak is {max(row['lr'] for row in steps):.2g}",
-        ("epoch", "rate"),
-        [(f"{place:.2f}", number(row["lr"])) for place, row in zip(x, steps, strict=True)],
-    )
-
-
-def cost_of(run: Mapping[str, Any]) -> dict[str, Any]:
-    """What a picture costs, by stage, and the least time that it takes here."""
-    network, floors = run["network"], run["floors"]
-    if not network["rows"]:
-        return {"summary": f"{count(network['params'])} parameters.", "figures": []}
-    views = len(network["views"])
-    summary = (
-        f"{network['params']:,} parameters, {count(network['macs'])}MACs ({count(2 * network['macs'])}FLOPs) for a "
-        f"picture of {network['size']} px"
-        + (f"; a prediction is the mean of {views} views and costs that {views} times." if views > 1 else ".")
-    )
-    figures = [stages_plot(network["rows"])]
-    if floors is None:
-        summary += " The least times on this machine are told once its limits are measured: isthmus bench machine."
-    else:
-        figures.append(floors_plot(floors))
-    return {"summary": summary, "figures": figures}
-
-
-def stages_plot(rows: Sequence[dict[str, Any]]) -> Plot:
-    """Multiply-adds and parameters by stage."""
-    return plotted(
-        cost_figure(rows),
-        "By stage",
-        f"Multiply-adds and parameters of {len(rows)} parts of the network",
-        ("part", "channels", "map", "multiply-adds", "parameters", "activations"),
-        [
-            (
-                row["name"],
-                row["channels"],
-                size(tuple(row["size"])),
-                count(row["macs"]),
-                count(row["params"]),
-                count(row["activations"]),
-            )
-            for row in rows
-        ],
-    )
-
-
-def floors_plot(floors: Mapping[str, Any]) -> Plot:
-    """The least time of each stage."""
-    rows, threads = floors["rows"], "1 thread" if floors["threads"] == 1 else f"{floors['threads']} threads"
-    return plotted(
-        floors_figure(rows),
-        "Least time on this machine",
-        f"The least time of {len(rows)} parts of the network: {1e3 * floors['seconds']:.2f} ms together",
-        ("part", "ms", "binds"),
-        [(row["name"], f"{1e3 * row['seconds']:.3f}", row["binds"]) for row in rows],
-        f"{1e3 * floors['seconds']:.2f} ms for one picture in {floors['precision']} on {threads} of "
-        f"{floors['machine']}, by its roofline; an engine takes longer (isthmus bench tells how long).",
     )
 
 
@@ -530,11 +251,6 @@ def commands(run: Mapping[str, Any]) -> list[tuple[str, str]]:
         data = shlex.quote(str(settings["data"]))
         found.insert(1, (f"isthmus train --data {data} --weights {name} --freeze none", "train every layer from here"))
     return found
-
-
-def told(value: object) -> str:
-    """A setting's value as `--set` takes it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def recipe_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
