@@ -18,6 +18,7 @@ MIB = 2**20
 DESK = Limits(
     machine="desk",
     threads=2,
+    lanes=16,
     fp32=100e9,
     bf16=200e9,
     bandwidth=(Bandwidth(size=MIB, rate=80e9), Bandwidth(size=16 * MIB, rate=8e9)),
@@ -187,6 +188,70 @@ def test_batch_norms_activations_and_additions_count_nothing():
     }
 
 
+SWIFT = replace(DESK, fp32=1e30, bf16=1e30, int8=1e30, bandwidth=(Bandwidth(size=MIB, rate=1e30),))
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "precision", "times"),
+    [
+        ("resnext50_32x4d", "layer1.0.conv2", "fp32", 4),  # 4 of 16 sums
+        ("resnext50_32x4d", "layer2.0.conv2", "bf16", 2),
+        ("resnet50", "layer1.0.conv2", "fp32", 1),
+        ("resnet50", "conv1", "fp32", 1),
+        (
+            "resnet50",
+            "conv1",
+            "bf16",
+            4 / 3,
+        ),  # two products at once: 3 planes take as long as 4
+        ("resnext50_32x4d", "layer1.0.conv2", "int8", 4),
+        ("resnet50", "fc", "fp32", 1008 / 1000),
+    ],
+)
+def test_vectors_are_multiplied_whole(name, layer, precision, times):
+    limits = replace(SWIFT, **{precision: 1e9})
+    found = by_name(roofline(plan(name), limits, precision=precision))[layer]
+    assert found.expected == pytest.approx(times * found.arithmetic)
+
+
+def test_bytes_come_from_the_cache_that_still_holds_them():
+    """The block's input lies 176,128 bytes back where it is added, and weights a whole pass."""
+    near, far = 8e9, 1e9
+    limits = replace(SWIFT, bandwidth=(Bandwidth(size=100_000, rate=near), Bandwidth(size=MIB, rate=far)))
+    found = by_name(roofline(plan(BASE, 64), limits))["layer1.1.conv3"]
+    strip, land, weights = 16 * 16 * 32 * 4, 16 * 16 * 64 * 4, 32 * 64 * 4
+    assert found.expected == pytest.approx((land + weights) / far + (strip + land) / near)
+    wide = replace(limits, bandwidth=(replace(limits.bandwidth[0], size=180_000), limits.bandwidth[1]))
+    found = by_name(roofline(plan(BASE, 64), wide))["layer1.1.conv3"]
+    assert found.expected == pytest.approx(weights / far + (land + strip + land) / near)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_all_that_is_moved_is_what_the_network_reads_and_writes(name):
+    """Beside the bytes of floors: the other path of each block, maps that are read twice, norms of no convolution."""
+    net, beside = ResNet(plan(SPECS[name], 33)).eval(), []
+    leading = {f"{block.name}.{block.spec.main[0].name}" for block in net.plan.blocks if net.spec.preact} | {"norm"}
+    paths = {block.name for block in net.plan.blocks}
+    for each, module in net.named_modules():
+        twice = isinstance(module, nn.GroupNorm) or type(module).__name__ in ("SqueezeExcite", *NAMED[3:])
+        if each in paths or each in leading or twice:
+            times = 2 if each in leading else 1
+            module.register_forward_hook(
+                lambda _, inputs, output, times=times: beside.append(times * 4 * output.numel())
+            )
+    with torch.no_grad():
+        net(torch.zeros(2, net.spec.in_channels, *net.plan.image_size))
+    floors = roofline(net.plan, replace(SWIFT, bandwidth=(Bandwidth(size=MIB, rate=1.0),)), batch=2)
+    assert sum(each.expected for each in floors) == pytest.approx(sum(each.bytes for each in floors) + sum(beside))
+
+
+@pytest.mark.parametrize("name", variants())
+def test_no_layer_is_expected_before_its_floor(name):
+    floors = roofline(plan(name, 64), DESK, batch=2)
+    assert all(each.expected >= each.seconds for each in floors)
+    assert sum(each.expected for each in merged(floors, "stage")) == pytest.approx(sum(e.expected for e in floors))
+
+
 @pytest.mark.parametrize(("precision", "item"), [("fp32", 4), ("bf16", 2)])
 def test_lower_precision_moves_fewer_bytes(precision, item):
     whole = sum(floor.bytes for floor in roofline(plan(BASE, 64), DESK))
@@ -205,6 +270,7 @@ def test_layers_that_are_computed_as_one():
     assert found.name == "layer1.0.conv3 + layer1.0.downsample.0"
     assert found.operations == sum(each.operations for each in both)
     assert found.seconds == pytest.approx(sum(each.arithmetic for each in both))
+    assert found.expected == sum(each.expected for each in both)
     assert joined(both[:1]) == both[0]
 
 
@@ -221,9 +287,10 @@ def test_measured_times_by_block():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"bandwidth": ()}, "limits need rates above 0"),
+        ({"bandwidth": ()}, "a bandwidth for one or more working sets"),
         ({"bandwidth": DESK.bandwidth[::-1]}, "the larger come later and are no faster"),
-        ({"fp32": 0.0}, "limits need rates above 0"),
+        ({"fp32": 0.0}, "limits need lanes and rates above 0"),
+        ({"lanes": 0}, "limits need lanes and rates above 0"),
         ({"threads": "two"}, "threads is 'two'; it must be a whole number"),
     ],
 )

@@ -19,12 +19,13 @@ from small_runs import SPEC
 DESK = Limits(
     machine="desk",
     threads=1,
+    lanes=16,
     fp32=1e11,
     bf16=2e11,
     bandwidth=(Bandwidth(size=2**20, rate=4e10), Bandwidth(size=2**26, rate=1e10)),
 )
-FLOOR = ["name", "kind", "operations", "bytes", "intensity", "floor_seconds", "binds"]
-KEYS = ["limits", "precision", "batch", "floor_seconds", "pictures_per_second"]
+FLOOR = ["name", "kind", "operations", "bytes", "intensity", "floor_seconds", "binds", "expected_seconds"]
+KEYS = ["limits", "precision", "batch", "floor_seconds", "pictures_per_second", "expected_seconds"]
 
 
 @pytest.fixture(autouse=True)
@@ -47,6 +48,7 @@ def test_floors_as_json(isthmus, kept):
     assert 0.95 < sum(row["operations"] for row in found["rows"]) / (4 * cost("resnet50").flops) < 1  # padding
     assert found["floor_seconds"] == pytest.approx(sum(row["floor_seconds"] for row in found["rows"]))
     assert found["pictures_per_second"] == pytest.approx(4 / found["floor_seconds"])
+    assert found["expected_seconds"] == pytest.approx(sum(row["expected_seconds"] for row in found["rows"]))
 
 
 @pytest.mark.parametrize(("by", "rows"), [("stage", 6), ("block", 18), ("layer", 1 + 1 + 16 * 3 + 4 + 2)])
@@ -61,6 +63,8 @@ def test_floors_by(isthmus, kept, by, rows):
     assert "Roofline: 1 picture in bf16, 1 thread of desk" in result.out
     seconds = sum(floor.seconds for floor in wanted)
     assert f"floor {1e3 * seconds:.2f} ms: at most {1 / seconds:.1f} pictures/s" in result.out
+    seconds = sum(floor.expected for floor in wanted)
+    assert f"expected {1e3 * seconds:.2f} ms: {1 / seconds:.1f} pictures/s" in result.out
 
 
 def test_without_it_nothing_is_measured_or_shown(isthmus, tmp_path):

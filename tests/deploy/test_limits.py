@@ -44,6 +44,12 @@ def test_what_is_measured(monkeypatch):
     assert [each.size for each in found.bandwidth] == [2**15, 2**17]
 
 
+@pytest.mark.parametrize(("capability", "lanes"), [("AVX512", 16), ("AVX2", 8), ("DEFAULT", 4)])
+def test_sums_in_a_vector(monkeypatch, capability, lanes):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert measured_limits().lanes == lanes
+
+
 def test_bf16_that_the_cpu_has_not_is_no_limit(monkeypatch):
     monkeypatch.setattr("isthmus.deploy.engines.native_bf16", lambda: False)
     assert measured_limits().bf16 is None
@@ -133,5 +139,5 @@ def test_a_cache_that_takes_nothing(tmp_path, monkeypatch):
 
 
 def test_limits_survive_their_file():
-    found = Limits(machine="desk", threads=2, fp32=1e9, bandwidth=(Bandwidth(size=1, rate=2.0),))
+    found = Limits(machine="desk", threads=2, lanes=4, fp32=1e9, bandwidth=(Bandwidth(size=1, rate=2.0),))
     assert records.from_dict(Limits, json.loads(json.dumps(records.to_dict(found)))) == found

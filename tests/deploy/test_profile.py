@@ -17,7 +17,7 @@ from isthmus.runtime import machine
 from small_runs import network
 
 LIMITS = Limits(
-    machine="desk", threads=1, fp32=1e11, bf16=2e11, int8=4e11, bandwidth=(Bandwidth(size=2**20, rate=1e10),)
+    machine="desk", threads=1, lanes=16, fp32=1e11, bf16=2e11, int8=4e11, bandwidth=(Bandwidth(size=2**20, rate=1e10),)
 )
 BASE = NetSpec(
     stem=StemSpec(widths=(16, 16, 32), kernel=3),

@@ -10,6 +10,7 @@ from isthmus.report.roofline_figure import roofline_figure
 DESK = Limits(
     machine="desk",
     threads=2,
+    lanes=16,
     fp32=100e9,
     bandwidth=(Bandwidth(size=2**20, rate=80e9), Bandwidth(size=2**24, rate=8e9)),
 )

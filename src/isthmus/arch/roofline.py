@@ -1,29 +1,32 @@
-"""The least time that layers can take on a machine, on paper: a roofline (Williams et al. 2009) with its caches.
+"""The time of layers on a machine, on paper: the least by a roofline (Williams et al. 2009), and what to expect.
 
 A layer's floor is the longer of two times: its operations at the machine's rate, and the bytes that it must read and
 write at the machine's bandwidth. What an engine computes while a neighbour reads or writes its map counts nothing:
 batch norms, activations, additions, paddings. So no engine that multiplies directly is faster than a floor.
+
+The time to expect is the sum of both, with what a floor leaves out: whole vectors are multiplied, also where a layer
+has fewer channels; and bytes come from the cache that still holds them, weights from where those of a whole network
+lie, and a map from as far as other bytes moved since it was written.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from math import inf, prod
+from math import inf
 from typing import Literal, NamedTuple
 
 from isthmus import records
-from isthmus.arch.block import Layer
-from isthmus.arch.cost import By, Row, block_rows, cost
+from isthmus.arch.cost import By
 from isthmus.arch.plan import Plan
+from isthmus.arch.traffic import OwnLayer, layers_of
 from isthmus.errors import SpecError
 
 __all__ = ["Bandwidth", "Floor", "LayerTime", "Limits", "Precision", "merged", "merged_times", "roofline"]
 
 Precision = Literal["fp32", "bf16", "int8"]
 Side = Literal["arithmetic", "memory"]
-Size = tuple[int, ...]
 ITEM = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a number in maps and weights
-MOVED = ("conv", "blur", "maxpool", "avgpool", "linear")  # kinds that read one map and write another
+SUM = 4  # bytes of a sum, in every precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,11 +42,13 @@ class Limits:
     """The most that a machine does with `threads`: operations a second by precision, bytes a second by working set.
 
     A multiplication and an addition are two operations; a precision that it does not multiply itself has none.
+    `lanes` are the sums of 32 bits in one of its vectors.
     `bandwidth` begins with the smallest working set, and no larger one is faster. Raises SpecError for others.
     """
 
     machine: str
     threads: int
+    lanes: int
     fp32: float
     bf16: float | None = None
     int8: float | None = None
@@ -51,12 +56,12 @@ class Limits:
 
     def __post_init__(self) -> None:
         records.check_fields(self)
-        rates = [self.fp32, self.bf16 or inf, self.int8 or inf, *(each.rate for each in self.bandwidth)]
+        rates = [self.lanes, self.fp32, self.bf16 or inf, self.int8 or inf, *(each.rate for each in self.bandwidth)]
         ordered = all(one.size < two.size and one.rate >= two.rate for one, two in pairwise(self.bandwidth))
         if not self.bandwidth or not ordered or min(rates) <= 0:
             raise SpecError(
-                "limits need rates above 0, and a bandwidth for one or more working sets, of which the larger come "
-                "later and are no faster"
+                "limits need lanes and rates above 0, and a bandwidth for one or more working sets, of which the "
+                "larger come later and are no faster"
             )
 
     def operations(self, precision: Precision) -> float:
@@ -66,6 +71,10 @@ class Limits:
             known = [name for name in ITEM if getattr(self, name) is not None]
             raise SpecError(f"{self.machine} does not multiply {precision} itself; it has {', '.join(known)}")
         return rate
+
+    def rate(self, size: int) -> float:
+        """Bytes a second of what is used again after `size` other bytes: of the smallest working set that holds it."""
+        return next((each.rate for each in self.bandwidth if size <= each.size), self.bandwidth[-1].rate)
 
     def seconds(self, size: int) -> float:
         """The least time to read and write `size` bytes.
@@ -83,7 +92,7 @@ class Limits:
 
 
 class Floor(NamedTuple):
-    """What a layer, block or stage must do for a batch, and the least seconds that it takes.
+    """What a layer, block or stage must do for a batch, the least seconds that it takes, and those to expect.
 
     `operations` are without those on padding, so that they may be a little fewer than `cost` counts.
     `arithmetic` and `memory` are the seconds of either side alone; of several layers `seconds` is the sum of floors.
@@ -97,6 +106,7 @@ class Floor(NamedTuple):
     arithmetic: float
     memory: float
     seconds: float
+    expected: float
 
     @property
     def intensity(self) -> float:
@@ -131,84 +141,43 @@ def roofline(plan: Plan, limits: Limits, *, precision: Precision = "fp32", batch
     """
     if batch < 1:
         raise SpecError(f"batch is {batch}; it must be at least 1")
-    rate, item = limits.operations(precision), ITEM[precision]
+    rate, item, layers = limits.operations(precision), ITEM[precision], tuple(layers_of(plan))
     floors = []
-    for layer in layers_of(plan):
+    for layer, moving in zip(layers, seconds_of_moves(layers, limits, item, batch), strict=True):
         operations, moved = 2 * batch * layer.macs, item * (batch * layer.numbers + layer.params)
         arithmetic, memory = operations / rate, limits.seconds(moved)
         seconds = max(arithmetic, memory)
-        floors.append(Floor(layer.name, layer.kind, layer.block, operations, moved, arithmetic, memory, seconds))
+        expected = max(seconds, arithmetic * in_whole_vectors(layer, limits.lanes, SUM // item) + moving)
+        floors.append(
+            Floor(layer.name, layer.kind, layer.block, operations, moved, arithmetic, memory, seconds, expected)
+        )
     return tuple(floors)
 
 
-class OwnLayer(NamedTuple):
-    """A layer that moves bytes of its own: multiply-adds and numbers in maps for one picture, and its weights."""
-
-    block: str
-    name: str
-    kind: str
-    macs: int
-    numbers: int
-    params: int
+def in_whole_vectors(layer: OwnLayer, lanes: int, packed: int) -> float:
+    """How much more is multiplied where vectors of so many sums, each of so many products at once, are not full."""
+    into, out = layer.widths
+    return -(-into // packed) * packed / into * (-(-out // lanes) * lanes / out)
 
 
-def layers_of(plan: Plan) -> Iterator[OwnLayer]:
-    """The layers of their own, in the order of the network."""
-    found, spec = cost(plan), plan.spec
-    parts = [("stem", plan.stem, found.stem)]
-    parts += [
-        (block.name, (*block.spec.main, *block.spec.downsample), tuple(block_rows(block))) for block in plan.blocks
-    ]
-    parts.append(("head", (*plan.tail, *plan.head), found.head))
-    for block, layers, rows in parts:
-        gate = [row for layer, row in zip(layers, rows, strict=True) if layer.name.startswith("se.")]
-        for layer, row in zip(layers, rows, strict=True):
-            whole_map = 2 * numbers(row.in_channels, row.in_size)  # read to its end before the first number is written
-            if row in gate:
-                if row is gate[0]:
-                    macs, params = sum(each.macs for each in gate), sum(each.params for each in gate)
-                    yield OwnLayer(block, f"{block}.se", spec.attention, macs, whole_map, params)
-            elif layer.kind == "globalpool":
-                read = sum(numbers(tap.channels, tap.size) for tap in plan.features if tap.name in spec.head.taps)
-                yield OwnLayer(block, row.name, layer.kind, 0, read + row.out_channels, 0)
-            elif layer.kind == "norm" and layer.domain == "map" and spec.norm == "group":
-                yield OwnLayer(block, row.name, layer.kind, 0, whole_map, row.params)
-            elif layer.kind in MOVED and not is_identity(layer):
-                moved = read_and_written(layer, row)
-                yield OwnLayer(block, row.name, layer.kind, unpadded_macs(layer, row), moved, row.params)
+def seconds_of_moves(layers: Sequence[OwnLayer], limits: Limits, item: int, batch: int) -> list[float]:
+    """The seconds of each layer's moves of bytes, each from the cache that still holds them (least recently used go).
 
-
-def unpadded_macs(layer: Layer, row: Row) -> int:
-    """Multiply-adds without those by zeros of the padding, which engines leave out: at 7×7 a 3×3 has 18 % fewer."""
-    if layer.kind != "conv" or not layer.padding:
-        return row.macs
-    every = prod(layer.kernel * out for out in row.out_size)
-    return row.macs * prod(taps(layer, n, out) for n, out in zip(row.in_size, row.out_size, strict=True)) // every
-
-
-def taps(layer: Layer, size: int, out: int) -> int:
-    """How often a kernel meets a number of the map, in one dimension, over all of its `out` positions."""
-    begins = (place * layer.stride - layer.padding for place in range(out))
-    reach = range(0, layer.kernel * layer.dilation, layer.dilation)
-    return sum(0 <= begin + tap < size for begin in begins for tap in reach)
-
-
-def is_identity(layer: Layer) -> bool:
-    """Whether a pool is none."""
-    return layer.kind == "avgpool" and layer.kernel == layer.stride == 1
-
-
-def numbers(channels: int, size: Size) -> int:
-    """Numbers in a map."""
-    return channels * prod(size)
-
-
-def read_and_written(layer: Layer, row: Row) -> int:
-    """Numbers of the input that a layer needs (a strided 1×1 no more positions than it gives), and of its output."""
-    if layer.domain == "pooled":
-        return row.in_channels + row.out_channels
-    needed = tuple(min(n, out * layer.kernel) for n, out in zip(row.in_size, row.out_size, strict=True))
-    return numbers(row.in_channels, needed) + numbers(row.out_channels, row.out_size)
+    Weights were used last a whole pass before; a map that is written for the first time displaces as much as it holds.
+    """
+    whole = item * sum(layer.params + batch * sum(numbers for _, numbers in layer.moves) for layer in layers)
+    found, moved, last = [], 0, dict[int, int]()
+    for layer in layers:
+        weights = item * layer.params
+        seconds = weights / limits.rate(whole)
+        for which, numbers in layer.moves:
+            size = item * batch * numbers
+            seconds += size / limits.rate(max(size, moved - last.get(which, moved)))
+            moved += size
+            last[which] = moved
+        moved += weights
+        found.append(seconds)
+    return found
 
 
 def joined(floors: tuple[Floor, ...]) -> Floor:
@@ -226,6 +195,7 @@ def joined(floors: tuple[Floor, ...]) -> Floor:
         arithmetic,
         memory,
         max(arithmetic, memory),
+        sum(each.expected for each in floors),
     )
 
 
@@ -241,6 +211,7 @@ def total(name: str, kind: str, floors: Iterable[Floor]) -> Floor:
         sum(each.arithmetic for each in every),
         sum(each.memory for each in every),
         sum(each.seconds for each in every),
+        sum(each.expected for each in every),
     )
 
 

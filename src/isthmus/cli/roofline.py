@@ -17,7 +17,8 @@ __all__ = ["Roofline", "print_roofline", "roofline_document", "roofline_of", "sa
 
 NOTE = (
     "MB: what a layer must read and write. Floor: what takes longer, arithmetic or memory; norms, activations and "
-    "additions, which engines fuse into layers, count nothing."
+    "additions, which engines fuse into layers, count nothing. Expected: both, where vectors are not full and what no "
+    "cache holds comes from memory."
 )
 
 
@@ -36,6 +37,11 @@ class Roofline:
     def seconds(self) -> float:
         """The least time of a batch."""
         return sum(each.seconds for each in self.floors)
+
+    @property
+    def expected(self) -> float:
+        """The time to expect of a batch."""
+        return sum(each.expected for each in self.floors)
 
 
 def roofline_of(plan: Plan, precision: Precision, batch: int, *, measure: bool) -> Roofline:
@@ -63,6 +69,7 @@ def roofline_document(found: Roofline, by: By) -> dict[str, Any]:
         "batch": found.batch,
         "floor_seconds": found.seconds,
         "pictures_per_second": found.batch / found.seconds,
+        "expected_seconds": found.expected,
     }
     if not found.profile:
         return document | {"rows": [floor_values(each) for each in merged(found.floors, by)]}
@@ -96,6 +103,7 @@ def floor_values(floor: Floor) -> dict[str, Any]:
         "intensity": floor.intensity,
         "floor_seconds": floor.seconds,
         "binds": floor.binds,
+        "expected_seconds": floor.expected,
     }
 
 
@@ -110,13 +118,15 @@ def print_roofline(found: Roofline, by: By) -> None:
         (
             by,
             *(("kind",) if kind else ()),
-            *("FLOP", "MB", "FLOP/byte", "floor ms", "binds"),
+            *("FLOP", "MB", "FLOP/byte", "floor ms", "binds", "expected ms"),
             *(("measured ms", "of limit") if times else ()),
         ),
         lines,
     )
     rate = found.batch / found.seconds
     console.print(f"  floor {1e3 * found.seconds:.2f} ms: at most {rate:.1f} pictures/s", markup=False)
+    rate = found.batch / found.expected
+    console.print(f"  expected {1e3 * found.expected:.2f} ms: {rate:.1f} pictures/s", markup=False)
     if found.profile:
         seconds = found.profile.seconds
         console.print(
@@ -133,9 +143,9 @@ def line(row: Floor | LayerTime, *, kind: bool) -> list[str]:
     parts = [row.name, row.kind] if kind else [row.name]
     if floor:
         parts += [count(floor.operations), f"{floor.bytes / 1e6:.2f}", f"{floor.intensity:.1f}"]
-        parts += [f"{1e3 * floor.seconds:.3f}", floor.binds]
+        parts += [f"{1e3 * floor.seconds:.3f}", floor.binds, f"{1e3 * floor.expected:.3f}"]
     else:
-        parts += ["–"] * 5
+        parts += ["–"] * 6
     if isinstance(row, LayerTime):
         parts += [f"{1e3 * row.seconds:.3f}", "–" if row.share is None else f"{row.share:.2f}"]
     return parts

@@ -35,6 +35,7 @@ ROUNDS = 5
 LEAST = 0.02  # seconds of a round, so that what starts the threads is nothing beside it
 BUSY = 0.75  # processes at work for each core
 ITEM = 4  # bytes of fp32
+VECTORS = {"AVX512": 16, "AVX2": 8, "SVE256": 8}  # sums of 32 bits in one of a CPU that torch names so; else 4
 Pass = tuple[Callable[[int], object], int]
 """What goes over a thread's part so many times in one call, without Python between; and its bytes each time."""
 
@@ -81,7 +82,8 @@ def measured_limits(*, say: Callable[[str], object] = lambda _: None) -> Limits:
     has = [each for each in PRECISIONS if each != "bf16" or native_bf16()]
     rates = {each: rate for each in has if (rate := limit(each))}
     threads = torch.get_num_threads()
-    found = Limits(machine=cpu_name(), threads=threads, bandwidth=bandwidth(threads), **rates)
+    lanes = VECTORS.get(torch.backends.cpu.get_cpu_capability(), 4)
+    found = Limits(machine=cpu_name(), threads=threads, lanes=lanes, bandwidth=bandwidth(threads), **rates)
     text = json.dumps(records.to_dict(found))
     with suppress(RunError, OSError):  # a cache that takes nothing is no reason to stop
         place().parent.mkdir(parents=True, exist_ok=True)
