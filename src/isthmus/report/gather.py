@@ -195,7 +195,11 @@ def floors_of(net: ResNet, precision: str) -> dict[str, Any] | None:
         "threads": here.threads,
         "precision": known,
         "seconds": sum(each.seconds for each in floors),
-        "rows": [{"name": each.name, "seconds": each.seconds, "binds": each.binds} for each in floors],
+        "expected": sum(each.expected for each in floors),
+        "rows": [
+            {"name": each.name, "seconds": each.seconds, "binds": each.binds, "expected": each.expected}
+            for each in floors
+        ],
     }
 
 

@@ -203,8 +203,9 @@ def floors_plot(floors: Mapping[str, Any]) -> Plot:
         floors_figure(rows),
         "Least time on this machine",
         f"The least time of {len(rows)} parts of the network: {1e3 * floors['seconds']:.2f} ms together",
-        ("part", "ms", "binds"),
-        [(row["name"], f"{1e3 * row['seconds']:.3f}", row["binds"]) for row in rows],
+        ("part", "ms", "binds", "expected ms"),
+        [(row["name"], f"{1e3 * row['seconds']:.3f}", row["binds"], f"{1e3 * row['expected']:.3f}") for row in rows],
         f"{1e3 * floors['seconds']:.2f} ms for one picture in {floors['precision']} on {threads} of "
-        f"{floors['machine']}, by its roofline; an engine takes longer (isthmus bench tells how long).",
+        f"{floors['machine']}, by its roofline; expect {1e3 * floors['expected']:.2f} ms of an engine "
+        f"(isthmus bench times them).",
     )
