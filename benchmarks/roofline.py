@@ -105,7 +105,8 @@ def least(rows: list[dict]) -> float:
 
 def highest(one: Limits, other: Limits) -> Limits:
     """The most that was reached in two measurements: a limit is no mean."""
-    rates = {name: max(getattr(one, name), getattr(other, name)) for name in ("fp32", "bf16") if getattr(one, name)}
+    known = [name for name in ("fp32", "bf16", "int8") if getattr(one, name)]
+    rates = {name: max(getattr(one, name), getattr(other, name)) for name in known}
     bandwidth = tuple(
         max(pair, key=lambda each: each.rate) for pair in zip(one.bandwidth, other.bandwidth, strict=True)
     )

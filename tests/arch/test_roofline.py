@@ -1,5 +1,6 @@
 """Floors of layers: against values worked out by hand, against the tensors of networks, and against cost()."""
 
+from collections import OrderedDict
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from isthmus.arch.cost import cost
 from isthmus.arch.plan import plan
 from isthmus.arch.roofline import Bandwidth, LayerTime, Limits, joined, merged, merged_times, roofline
 from isthmus.arch.spec import HeadSpec, NetSpec, StageSpec, StemSpec
+from isthmus.arch.traffic import layers_of
 from isthmus.arch.variants import variants
 from isthmus.errors import SpecError
 from isthmus.nn.network import ResNet
@@ -82,7 +84,7 @@ def test_operations_are_those_that_cost_counts_but_for_padding(name):
     for level in ("block", "stage"):
         rows = merged(floors, level)
         assert [row.name for row in rows] == [row.name for row in cost(laid_out).by(level)]
-        for key in ("operations", "bytes", "seconds"):
+        for key in ("operations", "bytes", "seconds", "expected"):
             assert sum(getattr(row, key) for row in rows) == pytest.approx(sum(getattr(each, key) for each in floors))
 
 
@@ -115,6 +117,14 @@ SPECS = {
     "signals": replace(BASE, dims=1),
     "volumes": replace(BASE, dims=3),
     "dilated": BASE.with_output_stride(4),
+    "no shortcut": replace(BASE, shortcut="none"),
+    "projected pre-activation": replace(
+        BASE, stages=tuple(replace(stage, block="preact_bottleneck") for stage in BASE.stages)
+    ),
+    "pre-activation with group norm": replace(
+        BASE, norm="group", stages=tuple(replace(stage, block="preact_bottleneck") for stage in BASE.stages)
+    ),
+    "folded": replace(BASE, norm="none"),
 }
 ALONE = (nn.modules.conv._ConvNd, nn.Linear, nn.GroupNorm, nn.modules.pooling._MaxPoolNd)
 NAMED = ("AveragePool", "BlurPool", "SqueezeExcite", "EfficientChannelAttention")
@@ -198,14 +208,11 @@ SWIFT = replace(DESK, fp32=1e30, bf16=1e30, int8=1e30, bandwidth=(Bandwidth(size
         ("resnext50_32x4d", "layer2.0.conv2", "bf16", 2),
         ("resnet50", "layer1.0.conv2", "fp32", 1),
         ("resnet50", "conv1", "fp32", 1),
-        (
-            "resnet50",
-            "conv1",
-            "bf16",
-            4 / 3,
-        ),  # two products at once: 3 planes take as long as 4
+        ("resnet50", "conv1", "bf16", 4 / 3),  # 2 products at once: 3 planes take as long as 4
         ("resnext50_32x4d", "layer1.0.conv2", "int8", 4),
         ("resnet50", "fc", "fp32", 1008 / 1000),
+        ("resnetblur50", "maxpool.1", "fp32", 1),  # depthwise: 16 of 64 groups
+        ("resnetblur50", "maxpool.1", "bf16", 2),
     ],
 )
 def test_vectors_are_multiplied_whole(name, layer, precision, times):
@@ -231,11 +238,12 @@ def test_all_that_is_moved_is_what_the_network_reads_and_writes(name):
     """Beside the bytes of floors: the other path of each block, maps that are read twice, norms of no convolution."""
     net, beside = ResNet(plan(SPECS[name], 33)).eval(), []
     leading = {f"{block.name}.{block.spec.main[0].name}" for block in net.plan.blocks if net.spec.preact} | {"norm"}
-    paths = {block.name for block in net.plan.blocks}
+    paths = {block.name for block in net.plan.blocks if block.spec.shortcut != "none"}
     for each, module in net.named_modules():
         twice = isinstance(module, nn.GroupNorm) or type(module).__name__ in ("SqueezeExcite", *NAMED[3:])
-        if each in paths or each in leading or twice:
-            times = 2 if each in leading else 1
+        alone = each in leading and not twice
+        if each in paths or alone or twice:
+            times = 2 if alone else 1
             module.register_forward_hook(
                 lambda _, inputs, output, times=times: beside.append(times * 4 * output.numel())
             )
@@ -245,11 +253,79 @@ def test_all_that_is_moved_is_what_the_network_reads_and_writes(name):
     assert sum(each.expected for each in floors) == pytest.approx(sum(each.bytes for each in floors) + sum(beside))
 
 
-@pytest.mark.parametrize("name", variants())
-def test_no_layer_is_expected_before_its_floor(name):
-    floors = roofline(plan(name, 64), DESK, batch=2)
-    assert all(each.expected >= each.seconds for each in floors)
-    assert sum(each.expected for each in merged(floors, "stage")) == pytest.approx(sum(e.expected for e in floors))
+def lru_seconds(layers, held, near, far):
+    """Seconds of a second pass over chunks of 64 numbers in a cache of `held` bytes: what is in it comes at `near`."""
+    cache, chunk = OrderedDict(), 4 * 64
+
+    def missing(which, size):
+        missed = 0
+        for part in range(-(-size // chunk)):
+            missed += (which, part) not in cache
+            cache[which, part] = None
+            cache.move_to_end((which, part))
+            if len(cache) > held // chunk:
+                cache.popitem(last=False)
+        return min(missed * chunk, size)
+
+    for _ in range(2):
+        seconds, seen = 0.0, set()
+        for place, layer in enumerate(layers):
+            *reads, write = [(move.map, 4 * 2 * move.numbers) for move in layer.moves]
+            for which, size in (*reads, (f"weights {place}", 4 * layer.params), write):
+                missed = missing(which, size)
+                if which not in seen and not isinstance(which, str):  # a new map: a place for it has to be had
+                    missed = 0 if size <= held else size
+                seconds += missed / far + (size - missed) / near
+                seen.add(which)
+    return seconds
+
+
+@pytest.mark.parametrize("held", [30_000, 120_000, 500_000])
+@pytest.mark.parametrize(
+    "name", ["plain", "squeezed", "group norm", "pre-activation", "projected pre-activation", "no shortcut"]
+)
+def test_what_a_cache_holds_is_what_was_used_last(name, held):
+    """Beside a cache whose least recently used parts go first."""
+    laid_out, near, far = plan(SPECS[name], 32), 8e9, 1e9
+    limits = replace(SWIFT, bandwidth=(Bandwidth(size=held, rate=near), Bandwidth(size=64 * MIB, rate=far)))
+    found = sum(each.expected for each in roofline(laid_out, limits, batch=2))
+    assert found == pytest.approx(lru_seconds(list(layers_of(laid_out)), held, near, far), rel=0.02)
+
+
+def reads(net, layer):
+    """The maps that a layer reads."""
+    (found,) = [each for each in layers_of(plan(net, 64)) if each.name == layer]
+    return [move.map for move in found.moves[:-1]]
+
+
+def writes(net, layer):
+    """The map that a layer writes."""
+    (found,) = [each for each in layers_of(plan(net, 64)) if each.name == layer]
+    return found.moves[-1].map
+
+
+def test_which_maps_are_read():
+    # The shortcut of a pre-activation block is projected from what its first norm wrote, and else the raw map.
+    raw, _, active = reads("resnetv2_50", "layer1.0.conv1")
+    assert reads("resnetv2_50", "layer1.0.downsample.0")[0] == active
+    assert reads("resnetv2_50", "layer1.1.conv3")[-1] == reads("resnetv2_50", "layer1.1.conv1")[0]
+    assert raw == writes("resnetv2_50", "maxpool")
+    # What ends later adds the other path; the next block reads the sum.
+    both = writes("resnet50", "maxpool"), writes("resnet50", "layer1.0.conv3")
+    land = writes("resnet50", "layer1.0.downsample.0")
+    assert reads("resnet50", "layer1.0.downsample.0") == [*both]
+    assert reads("resnet50", "layer1.1.conv1") == [land]
+    assert reads("resnet50", "layer1.1.conv3") == [writes("resnet50", "layer1.1.conv2"), land]
+    plain = replace(BASE, shortcut="none")
+    assert reads(plain, "layer1.1.conv3") == [writes(plain, "layer1.1.conv2")]
+    # A head reads the maps of its taps.
+    taps = SPECS["taps and a hidden layer"]
+    assert reads(taps, "pool") == [writes(taps, "layer1.1.conv3"), writes(taps, "layer2.0.downsample.0")]
+
+
+def test_zeros_of_a_padded_shortcut_are_nowhere():
+    (found,) = [each for each in layers_of(plan("resnet20_cifar", 32)) if each.name == "layer2.0.conv2"]
+    assert [move.numbers for move in found.moves] == [32 * 16 * 16, 16 * 16 * 16, 32 * 16 * 16]
 
 
 @pytest.mark.parametrize(("precision", "item"), [("fp32", 4), ("bf16", 2)])

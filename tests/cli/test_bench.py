@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from isthmus import records
 from isthmus.arch.cost import cost
+from isthmus.arch.roofline import Bandwidth, Limits
+from isthmus.deploy import limits
 from isthmus.deploy.engines import ENGINES
 from small_runs import class_folders, network, weights
 
@@ -58,7 +61,7 @@ RATES = {("torch", "fp32"): 20.0, ("onnxruntime", "fp32"): 25.0, ("openvino", "f
 
 @pytest.fixture
 def canned(monkeypatch, tmp_path):
-    """Engines that reach RATES on a machine whose limit is 10 GOP/s in each precision; OpenVINO has no bf16 kernel."""
+    """Engines that reach RATES on a machine whose kept limit is 10 GOP/s in each precision; OpenVINO has no bf16."""
 
     def failing(model, precision, work):
         if precision == "bf16":
@@ -74,7 +77,16 @@ def canned(monkeypatch, tmp_path):
     monkeypatch.setattr(
         "isthmus.deploy.predictor.measured", lambda opened, _: {pair: RATES.get(pair, 1) for pair in opened}
     )
-    monkeypatch.setattr("isthmus.deploy.pace.limit", lambda _: 10e9)
+    kept = Limits(
+        machine="desk",
+        threads=torch.get_num_threads(),
+        lanes=16,
+        **dict.fromkeys(("fp32", "bf16", "int8"), 10e9),
+        bandwidth=(Bandwidth(size=1, rate=1.0),),
+    )
+    limits.place().parent.mkdir(parents=True)
+    limits.place().write_text(json.dumps(records.to_dict(kept)), encoding="utf-8")
+    monkeypatch.setattr("isthmus.deploy.pace.limit", lambda _: pytest.fail("measured anew"))
 
 
 def test_engines_json(isthmus, canned, tmp_path):

@@ -104,6 +104,7 @@ def test_bench_machine(isthmus, kept, measured):
     assert limits.kept_limits() == records.from_dict(Limits, found)  # in place of those of the desk
     table = isthmus("bench", "machine").out
     assert "32 KiB" in table
+    assert f"A vector holds {found['lanes']} sums." in " ".join(table.split())
     assert "100" in table
 
 

@@ -327,23 +327,6 @@ def test_a_run_that_was_stopped_before_its_report_gets_it_on_resume(runs, tmp_pa
 # --- many classes
 
 
-def test_times_on_a_machine_whose_limits_are_known(runs, tmp_path, monkeypatch):
-    out = tmp_path / "report.html"
-    desk = Limits(machine="desk", threads=1, lanes=8, fp32=1e11, bandwidth=(Bandwidth(size=2**20, rate=1e10),))
-    for limits in (None, desk):
-        monkeypatch.setattr("isthmus.report.gather.kept_limits", lambda limits=limits: limits)
-        page, found = Page(write_report(runs[TUNED], out)), json.loads(out.with_suffix(".json").read_text())["floors"]
-        page.check()
-        assert ("once its limits are measured: isthmus bench machine" in page.text) == (limits is None) == (not found)
-    net = isthmus.load(runs[TUNED])
-    layers = roofline(isthmus.plan(net.spec, net.preprocess.crop), desk)
-    floor, expected = (sum(getattr(each, key) for each in layers) for key in ("seconds", "expected"))
-    assert (found["seconds"], found["expected"]) == (pytest.approx(floor), pytest.approx(expected))
-    assert [row["name"] for row in found["rows"]] == ["stem", *net.stages, "head"]
-    assert f"{1e3 * floor:.2f} ms for one picture in fp32 on 1 thread of desk" in page.text
-    assert f"expect {1e3 * expected:.2f} ms of an engine" in page.text
-
-
 @pytest.fixture(scope="module")
 def large(tmp_path_factory, photos):
     folder = tmp_path_factory.mktemp("large") / "run"
@@ -402,6 +385,23 @@ def test_heat_glows_where_it_is():
     found = heated(pixels, heat).astype(int)
     assert (found[10:] == 60).all()
     assert (found[:10].sum(2) > 300).all()
+
+
+def test_times_on_a_machine_whose_limits_are_known(runs, tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    desk = Limits(machine="desk", threads=1, lanes=8, fp32=1e11, bandwidth=(Bandwidth(size=2**20, rate=1e10),))
+    for limits in (None, desk):
+        monkeypatch.setattr("isthmus.report.gather.kept_limits", lambda limits=limits: limits)
+        page, found = Page(write_report(runs[TUNED], out)), json.loads(out.with_suffix(".json").read_text())["floors"]
+        page.check()
+        assert ("once its limits are measured: isthmus bench machine" in page.text) == (limits is None) == (not found)
+    net = isthmus.load(runs[TUNED])
+    layers = roofline(isthmus.plan(net.spec, net.preprocess.crop), desk)
+    floor, expected = (sum(getattr(each, key) for each in layers) for key in ("seconds", "expected"))
+    assert (found["seconds"], found["expected"]) == (pytest.approx(floor), pytest.approx(expected))
+    assert [row["name"] for row in found["rows"]] == ["stem", *net.stages, "head"]
+    assert f"{1e3 * floor:.2f} ms for one picture in fp32 on 1 thread of desk" in page.text
+    assert f"expect {1e3 * expected:.2f} ms of an engine" in page.text
 
 
 def test_gathering_needs_no_pictures(runs, tmp_path):

@@ -45,6 +45,11 @@ class Plan:
         """The stem's layers up to and including its pool, named as in timm."""
         return stem_layers(self.spec)
 
+    @property
+    def stem_pool(self) -> int:
+        """The number of the stem's layers before its pool."""
+        return next((i for i, layer in enumerate(self.stem) if layer.name.startswith("maxpool")), len(self.stem))
+
     @cached_property
     def blocks(self) -> tuple[PlannedBlock, ...]:
         """Every block in order; equal blocks share one BlockSpec."""
@@ -59,10 +64,9 @@ class Plan:
     @cached_property
     def features(self) -> tuple[Feature, ...]:
         """The taps: `stem` (before its pool), `layer1` … , and `last` (after the final norm, if there is one)."""
-        pool = next((i for i, layer in enumerate(self.stem) if layer.name.startswith("maxpool")), len(self.stem))
-        size, stride = out_size(self.stem[:pool], self.image_size), self.spec.stem.stride
+        size, stride = out_size(self.stem[: self.stem_pool], self.image_size), self.spec.stem.stride
         taps = [Feature("stem", self.spec.stem.widths[-1], stride, size)]
-        for layer in self.stem[pool:]:
+        for layer in self.stem[self.stem_pool :]:
             stride *= layer.stride
         for block in self.blocks:
             stride *= block.spec.stride

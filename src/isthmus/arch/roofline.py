@@ -5,14 +5,15 @@ write at the machine's bandwidth. What an engine computes while a neighbour read
 batch norms, activations, additions, paddings. So no engine that multiplies directly is faster than a floor.
 
 The time to expect is the sum of both, with what a floor leaves out: whole vectors are multiplied, also where a layer
-has fewer channels; and bytes come from the cache that still holds them, weights from where those of a whole network
-lie, and a map from as far as other bytes moved since it was written.
+has fewer channels; and all that an engine reads and writes comes from the cache that still holds it, if the least
+recently used goes first: weights from where all of a pass fits, a map from where what was used since it was does.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby, pairwise, takewhile
 from math import inf
+from operator import itemgetter
 from typing import Literal, NamedTuple
 
 from isthmus import records
@@ -73,7 +74,7 @@ class Limits:
         return rate
 
     def rate(self, size: int) -> float:
-        """Bytes a second of what is used again after `size` other bytes: of the smallest working set that holds it."""
+        """Bytes a second of the smallest working set that holds `size` bytes."""
         return next((each.rate for each in self.bandwidth if size <= each.size), self.bandwidth[-1].rate)
 
     def seconds(self, size: int) -> float:
@@ -149,34 +150,57 @@ def roofline(plan: Plan, limits: Limits, *, precision: Precision = "fp32", batch
         seconds = max(arithmetic, memory)
         expected = max(seconds, arithmetic * in_whole_vectors(layer, limits.lanes, SUM // item) + moving)
         floors.append(
-            Floor(layer.name, layer.kind, layer.block, operations, moved, arithmetic, memory, seconds, expected)
+            Floor(
+                name=layer.name,
+                kind=layer.kind,
+                block=layer.block,
+                operations=operations,
+                bytes=moved,
+                arithmetic=arithmetic,
+                memory=memory,
+                seconds=seconds,
+                expected=expected,
+            )
         )
     return tuple(floors)
 
 
 def in_whole_vectors(layer: OwnLayer, lanes: int, packed: int) -> float:
     """How much more is multiplied where vectors of so many sums, each of so many products at once, are not full."""
-    into, out = layer.widths
-    return -(-into // packed) * packed / into * (-(-out // lanes) * lanes / out)
+    return whole(layer.summed, packed) * whole(layer.abreast, lanes)
+
+
+def whole(number: int, step: int) -> float:
+    """How many times as many it is in whole steps."""
+    return -(-number // step) * step / number
 
 
 def seconds_of_moves(layers: Sequence[OwnLayer], limits: Limits, item: int, batch: int) -> list[float]:
-    """The seconds of each layer's moves of bytes, each from the cache that still holds them (least recently used go).
+    """The seconds of each layer's moves, each from the smallest working set that holds what was used since, and it.
 
-    Weights were used last a whole pass before; a map that is written for the first time displaces as much as it holds.
+    Weights were used last a whole pass before; a map that is written needs room for itself alone.
     """
-    whole = item * sum(layer.params + batch * sum(numbers for _, numbers in layer.moves) for layer in layers)
-    found, moved, last = [], 0, dict[int, int]()
-    for layer in layers:
+    used = dict[int, int]()  # bytes by map, and by minus the place of weights; the least recently used first
+    maps = dict(sorted((move for layer in layers for move in layer.moves), key=itemgetter(1)))
+    everything = item * (sum(layer.params for layer in layers) + batch * sum(maps.values()))
+
+    def since(which: int, size: int) -> int:
+        """Bytes of all that was used since, and its own."""
+        later = 0
+        if which in used:
+            later = sum(used[other] for other in takewhile(which.__ne__, reversed(used)))
+            size = max(size, used.pop(which))
+        used[which] = size
+        return later + size
+
+    found = []
+    for place, layer in enumerate(layers, 1):
+        sizes = [(move.map, item * batch * move.numbers) for move in layer.moves]
+        seconds = sum(size / limits.rate(since(which, size)) for which, size in sizes[:-1])
         weights = item * layer.params
-        seconds = weights / limits.rate(whole)
-        for which, numbers in layer.moves:
-            size = item * batch * numbers
-            seconds += size / limits.rate(max(size, moved - last.get(which, moved)))
-            moved += size
-            last[which] = moved
-        moved += weights
-        found.append(seconds)
+        used[-place] = weights
+        seconds += weights / limits.rate(everything)
+        found.append(seconds + sum(size / limits.rate(since(which, size)) for which, size in sizes[-1:]))
     return found
 
 
@@ -186,16 +210,8 @@ def joined(floors: tuple[Floor, ...]) -> Floor:
         return floors[0]
     arithmetic, memory = sum(each.arithmetic for each in floors), max(each.memory for each in floors)
     first = floors[0]
-    return Floor(
-        " + ".join(each.name for each in floors),
-        first.kind,
-        first.block,
-        sum(each.operations for each in floors),
-        sum(each.bytes for each in floors),
-        arithmetic,
-        memory,
-        max(arithmetic, memory),
-        sum(each.expected for each in floors),
+    return total(" + ".join(each.name for each in floors), first.kind, floors)._replace(
+        block=first.block, memory=memory, seconds=max(arithmetic, memory)
     )
 
 
@@ -203,15 +219,15 @@ def total(name: str, kind: str, floors: Iterable[Floor]) -> Floor:
     """Layers one after the other."""
     every = list(floors)
     return Floor(
-        name,
-        kind,
-        name,
-        sum(each.operations for each in every),
-        sum(each.bytes for each in every),
-        sum(each.arithmetic for each in every),
-        sum(each.memory for each in every),
-        sum(each.seconds for each in every),
-        sum(each.expected for each in every),
+        name=name,
+        kind=kind,
+        block=name,
+        operations=sum(each.operations for each in every),
+        bytes=sum(each.bytes for each in every),
+        arithmetic=sum(each.arithmetic for each in every),
+        memory=sum(each.memory for each in every),
+        seconds=sum(each.seconds for each in every),
+        expected=sum(each.expected for each in every),
     )
 
 

@@ -9,46 +9,67 @@ from isthmus.arch.block import Layer
 from isthmus.arch.cost import Row, block_rows, cost
 from isthmus.arch.plan import Plan
 
-__all__ = ["OwnLayer", "layers_of"]
+__all__ = ["Move", "OwnLayer", "layers_of"]
 
-Move = tuple[int, int]
-"""Which map is read or written, and how many of its numbers for one picture."""
 MOVED = ("conv", "blur", "maxpool", "avgpool", "linear")  # kinds that read one map and write another
 
 
-class OwnLayer(NamedTuple):
-    """A layer that moves bytes of its own: multiply-adds and numbers in maps for one picture, and its weights.
+class Move(NamedTuple):
+    """Numbers of one picture that are read from a map, or written."""
 
-    `numbers` are those that must move; `moves` are what an engine moves that computes the layer alone, in order, also
-    for a norm before it that is in no convolution, and for the sum of the block's paths where it ends the block.
-    `widths` are the channels in and out of a group.
+    map: int
+    numbers: int
+
+
+class OwnLayer(NamedTuple):
+    """A layer that moves bytes of its own: multiply-adds for one picture, weights, and numbers it reads and writes.
+
+    A number that it writes is a sum over `summed` channels, and `abreast` of them are sums over the same positions.
+    What must be seen whole first is read in two `passes`. `moves` are all that an engine moves which computes the layer
+    alone, what it writes last: also for a norm before it that is in no convolution, and for the sum of a block's paths
+    where it ends the block.
     """
 
     block: str
     name: str
     kind: str
     macs: int
-    numbers: int
     params: int
-    widths: tuple[int, int]
-    moves: tuple[Move, ...]
+    summed: int
+    abreast: int
+    read: int
+    written: int
+    passes: int = 1
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def numbers(self) -> int:
+        """Numbers in maps that must be moved for one picture."""
+        return self.read + self.written
 
 
 def layers_of(plan: Plan) -> Iterator[OwnLayer]:
     """The layers of their own, in the order of the network; raises SpecError for a caller's own blocks."""
     walk, found = Walk(plan), cost(plan)
-    own, end = walk.chain("stem", plan.stem, found.stem, next(walk.maps))
+    own, ends = walk.chain("stem", plan.stem, found.stem, next(walk.maps))
+    walk.taps["stem"] = ends[plan.stem_pool]
     yield from own
     for block in plan.blocks:
-        rows, main, start = block_rows(block), len(block.spec.main), end
-        own, end = walk.chain(block.name, block.spec.main, rows[:main], start)
-        beside, other = walk.chain(block.name, block.spec.downsample, rows[main:], start)
-        last = (beside or own)[-1]  # adds the other path to what it writes
-        added = () if block.spec.shortcut == "none" else ((end if beside else other, last.moves[-1][1]),)
-        yield from [*own, *beside][:-1]
-        yield last._replace(moves=(*last.moves[:-1], *added, last.moves[-1]))
-        end = last.moves[-1][0]
-    yield from walk.chain("head", (*plan.tail, *plan.head), found.head, end)[0]
+        spec, rows, start = block.spec, block_rows(block), ends[-1]
+        own, ends = walk.chain(block.name, spec.main, rows[: len(spec.main)], start)
+        activated = plan.spec.preact and any(layer.kind == "conv" for layer in spec.downsample)
+        source = ends[1] if activated else start  # a projection of a pre-activation block reads what its norm wrote
+        beside, others = walk.chain(block.name, spec.downsample, rows[len(spec.main) :], source)
+        *before, last = *own, *beside
+        if spec.shortcut != "none":  # what ends later adds the other path
+            added = Move(ends[-1], last.written)
+            if not beside:  # of a padded shortcut the zeros are nowhere
+                added = Move(others[-1], numbers(min(spec.in_channels, spec.out_channels), block.out_size))
+            last = last._replace(moves=(*last.moves[:-1], added, last.moves[-1]))
+        yield from (*before, last)
+        ends = [last.moves[-1].map]
+        walk.taps[f"layer{block.stage}"] = ends[-1]
+    yield from walk.chain("head", (*plan.tail, *plan.head), found.head, ends[-1])[0]
 
 
 class Walk:
@@ -57,54 +78,51 @@ class Walk:
     def __init__(self, plan: Plan) -> None:
         self.spec = plan.spec
         self.maps = count()
-        # What the head reads: of the last map alone, or of those before it too.
-        self.tapped = sum(numbers(tap.channels, tap.size) for tap in plan.features if tap.name in plan.spec.head.taps)
+        self.taps: dict[str, int] = {}  # maps that a head may read, but for the last
+        self.tapped = {tap.name: numbers(tap.channels, tap.size) for tap in plan.features}
 
     def chain(
         self, block: str, layers: Sequence[Layer], rows: Sequence[Row], source: int
-    ) -> tuple[list[OwnLayer], int]:
-        """Layers of their own in a row from the map `source`, and the map that they end in."""
-        own: list[OwnLayer] = []
+    ) -> tuple[list[OwnLayer], list[int]]:
+        """Layers of their own in a row from the map `source`; and the map before the first layer and behind each."""
+        own, ends, waiting = list[OwnLayer](), [source], tuple[Move, ...]()
         gate = [row for layer, row in zip(layers, rows, strict=True) if layer.name.startswith("se.")]
-        here, waiting = "", tuple[Move, ...]()
-        for layer, row in zip(layers, rows, strict=True):
-            before, here = here, layer.kind
-            name, kind, macs, params = row.name, str(layer.kind), 0, row.params
-            whole = numbers(row.in_channels, row.in_size)
-            times, needed, made = 1, whole, whole
-            if row in gate:
-                if row is not gate[0]:
-                    continue
-                name, kind, times = f"{block}.se", self.spec.attention, 2
-                macs, params = sum(each.macs for each in gate), sum(each.params for each in gate)
-            elif layer.kind == "norm" and layer.domain == "map":
-                if self.spec.norm != "group":
-                    if before != "conv":
-                        target = next(self.maps)
-                        waiting, source = ((source, whole), (target, whole)), target
-                    continue
-                times = 2  # read to its end before the first number is written
-            elif layer.kind == "globalpool":
-                needed, made = self.tapped, row.out_channels
-            elif layer.kind in MOVED and not is_identity(layer):
-                macs, needed, made = unpadded_macs(layer, row), read(layer, row), written(layer, row)
-            else:
-                continue
-            target = next(self.maps)
-            own.append(
-                OwnLayer(
-                    block,
-                    name,
-                    kind,
-                    macs,
-                    needed + made,
-                    params,
-                    (layer.in_channels // layer.groups, layer.out_channels // layer.groups),
-                    (*waiting, *((source, needed),) * times, (target, made)),
-                )
-            )
-            waiting, source = (), target
-        return own, source
+        for place, (layer, row) in enumerate(zip(layers, rows, strict=True)):
+            whole, before = numbers(row.in_channels, row.in_size), layers[place - 1].kind if place else ""
+            if found := self.own(block, layer, row, gate):
+                reads = (Move(source, found.read),) * found.passes
+                if layer.kind == "globalpool":
+                    reads = tuple(Move(self.taps.get(tap, source), self.tapped[tap]) for tap in self.spec.head.taps)
+                source = next(self.maps)
+                own.append(found._replace(moves=(*waiting, *reads, Move(source, found.written))))
+                waiting = ()
+            elif layer.kind == "norm" and layer.domain == "map" and before != "conv":
+                waiting, source = (Move(source, whole), Move(new := next(self.maps), whole)), new
+            ends.append(source)
+        return own, ends
+
+    def own(self, block: str, layer: Layer, row: Row, gate: Sequence[Row]) -> OwnLayer | None:
+        """A layer that moves bytes of its own, still without its moves; None for another."""
+        whole, wide = numbers(row.in_channels, row.in_size), row.in_channels
+        if layer.name.startswith("se."):  # all of a gate are one
+            if row is not gate[0]:
+                return None
+            macs, params = sum(each.macs for each in gate), sum(each.params for each in gate)
+            return OwnLayer(block, f"{block}.se", self.spec.attention, macs, params, wide, wide, whole, whole, 2)
+        if layer.kind == "norm" and layer.domain == "map" and self.spec.norm == "group":
+            return OwnLayer(block, row.name, layer.kind, 0, row.params, wide, wide, whole, whole, 2)
+        if layer.kind == "globalpool":
+            read = sum(self.tapped[tap] for tap in self.spec.head.taps)
+            return OwnLayer(block, row.name, layer.kind, 0, 0, wide, wide, read, row.out_channels)
+        if layer.kind not in MOVED or is_identity(layer):
+            return None
+        summed, abreast = layer.in_channels // layer.groups, layer.out_channels // layer.groups
+        if abreast == 1:  # depthwise: the sums of all groups stand side by side
+            abreast = layer.groups
+        macs, params = unpadded_macs(layer, row), row.params
+        return OwnLayer(
+            block, row.name, layer.kind, macs, params, summed, abreast, read_by(layer, row), written_by(layer, row)
+        )
 
 
 def unpadded_macs(layer: Layer, row: Row) -> int:
@@ -132,7 +150,7 @@ def numbers(channels: int, size: Iterable[int]) -> int:
     return channels * prod(size)
 
 
-def read(layer: Layer, row: Row) -> int:
+def read_by(layer: Layer, row: Row) -> int:
     """Numbers of the input that a layer needs: a strided 1×1 no more positions than it gives."""
     if layer.domain == "pooled":
         return row.in_channels
@@ -141,6 +159,6 @@ def read(layer: Layer, row: Row) -> int:
     )
 
 
-def written(layer: Layer, row: Row) -> int:
+def written_by(layer: Layer, row: Row) -> int:
     """Numbers of the output."""
     return row.out_channels if layer.domain == "pooled" else numbers(row.out_channels, row.out_size)

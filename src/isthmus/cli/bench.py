@@ -139,6 +139,7 @@ def engines(
         net.preprocess = net.preprocess.at(image_size)
     model, notes = Model(net), [INT8_TIMED]
     with TerminalReporter() as reporter:
+        machine_limits = limits_of_machine(say=reporter.say)  # before the engines keep the machine busy
         try:
             reporter.say("calibrating int8 on made-up pictures")
             model.int8 = to_be_timed(model)
@@ -149,7 +150,6 @@ def engines(
             for hint in HINTS:
                 reporter.say(f"timing {count} at once for {hint}")
                 found[count, hint] = choose(model, hint=hint, batch_size=count, again=True)[0]
-        machine_limits = limits_of_machine(say=reporter.say)
     timed: dict[tuple[EnginePrecision, str], dict[tuple[int, Hint], Timed]] = {
         (row.precision, row.engine): {} for choice in found.values() for row in choice.rows
     }
@@ -213,7 +213,8 @@ def limits(*, as_json: Json = False) -> None:
         ((binary(each.size), f"{each.rate / 1e9:.1f}") for each in found.bandwidth),
     )
     print_report(
-        "GOP/s: of a 5×5 convolution without padding; a multiplication and an addition are two operations.\n"
+        f"GOP/s: of a 5×5 convolution without padding; a multiplication and an addition are two operations. A vector "
+        f"holds {found.lanes} sums.\n"
         "GB/s: read and written by all threads that go over so much memory again and again."
     )
 

@@ -17,8 +17,8 @@ __all__ = ["Roofline", "print_roofline", "roofline_document", "roofline_of", "sa
 
 NOTE = (
     "MB: what a layer must read and write. Floor: what takes longer, arithmetic or memory; norms, activations and "
-    "additions, which engines fuse into layers, count nothing. Expected: both, where vectors are not full and what no "
-    "cache holds comes from memory."
+    "additions, which engines fuse into layers, count nothing. Expected: arithmetic in whole vectors and memory, one "
+    "after the other, with all that an engine moves, from the cache that still holds it."
 )
 
 

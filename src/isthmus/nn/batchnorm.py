@@ -16,6 +16,7 @@ __all__ = [
     "FrozenBatchNorm1d",
     "FrozenBatchNorm2d",
     "FrozenBatchNorm3d",
+    "Sums",
     "SynchronisedBatchNorm1d",
     "SynchronisedBatchNorm2d",
     "SynchronisedBatchNorm3d",

@@ -4,7 +4,7 @@ What a folder does not hold is named under `missing`, with the reason; nothing i
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,10 +238,3 @@ def environment_of(folder: Path, missing: list[str]) -> dict[str, Any]:
         missing.append(f"no machine and versions: {ENVIRONMENT} cannot be read ({first_line(error)})")
         return {}
     return found
-
-
-def thinned(rows: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the rows, evenly, with the first and the last."""
-    if len(rows) <= most:
-        return list(rows)
-    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from isthmus.report.drawing import DARK, LIGHT, inline
-from isthmus.report.gather import thinned
 
 if TYPE_CHECKING:
     from jinja2 import Environment
     from matplotlib.figure import Figure
 
-__all__ = ["Plot", "interval", "lasting", "made_page", "number", "percent", "plotted", "told"]
+__all__ = ["Plot", "interval", "lasting", "made_page", "number", "percent", "plotted", "thinned", "told"]
 
 ROWS = 60  # of a curve that are listed
 Rows = Sequence[Sequence[str]]
@@ -41,6 +40,13 @@ def plotted(
     svg = Markup(inline(figure, alt))  # noqa: S704 - texts in it were escaped by matplotlib and by `inline`
     lines = [tuple(map(str, row)) for row in rows]
     return Plot(title=title, svg=svg, note=note, columns=columns, rows=thinned(lines, ROWS))
+
+
+def thinned(rows: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the rows, evenly, with the first and the last."""
+    if len(rows) <= most:
+        return list(rows)
+    return [rows[round(place * (len(rows) - 1) / (most - 1))] for place in range(most)]
 
 
 def percent(part: float) -> str:

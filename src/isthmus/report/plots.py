@@ -12,8 +12,7 @@ from isthmus.report.figures import (
     line_figure,
     reliability_figure,
 )
-from isthmus.report.gather import thinned
-from isthmus.report.page import Plot, interval, number, percent, plotted
+from isthmus.report.page import Plot, interval, number, percent, plotted, thinned
 from isthmus.report.tables import count, size
 
 __all__ = ["cost_of", "curves_of", "lean", "losses", "reliability_of"]
@@ -30,12 +29,12 @@ def reliability_of(calibration: Mapping[str, Any] | None) -> tuple[Plot | None, 
     rows = [
         (
             interval({"low": place / bins, "high": (place + 1) / bins}),
-            f"{number:,}",
-            percent(found.confidence[place] / number),
-            percent(found.hits[place] / number),
+            f"{pictures:,}",
+            percent(found.confidence[place] / pictures),
+            percent(found.hits[place] / pictures),
         )
-        for place, number in enumerate(found.count)
-        if number
+        for place, pictures in enumerate(found.count)
+        if pictures
     ]
     figure = plotted(
         reliability_figure(found),
@@ -67,15 +66,16 @@ def curves_of(log: Mapping[str, Any], head: Sequence[str]) -> tuple[list[Plot], 
         return [], ""
     best = max(log["epochs"], key=lambda row: row["val_accuracy"])
     last = log["epochs"][-1]
-    told = f"{epochs(last['epoch'])}; validation was best after epoch {best['epoch']}, {percent(best['val_accuracy'])}"
+    told = f"{in_epochs(last['epoch'])}; validation was best after epoch {best['epoch']}, "
+    told += percent(best["val_accuracy"])
     gap = best["val_accuracy"] - last["val_accuracy"]
     told += f", and ended {100 * gap:.1f} points below." if gap > 0 else ", where it ended." if best is last else "."
     return [loss_plot(log), validation_plot(log), rate_plot(log)], told
 
 
-def epochs(count: int) -> str:
+def in_epochs(number: int) -> str:
     """So many epochs."""
-    return "1 epoch" if count == 1 else f"{count} epochs"
+    return "1 epoch" if number == 1 else f"{number} epochs"
 
 
 def heads_plot(heads: Sequence[dict[str, Any]], chosen: Sequence[str]) -> Plot:
@@ -121,7 +121,7 @@ def loss_plot(log: Mapping[str, Any]) -> Plot:
     return plotted(
         line_figure(losses(log), across="epoch", up="loss (nats)"),
         "Loss",
-        f"Training and validation loss over {epochs(len(rows))}; validation ends at {number(rows[-1]['val_loss'])}",
+        f"Training and validation loss over {in_epochs(len(rows))}; validation ends at {number(rows[-1]['val_loss'])}",
         ("epoch", "training", "validation"),
         [(row["epoch"], number(row["loss"]), number(row["val_loss"])) for row in rows],
     )
@@ -137,7 +137,7 @@ def validation_plot(log: Mapping[str, Any]) -> Plot:
     return plotted(
         line_figure(lines, across="epoch", up="validation accuracy", percent=True),
         "Validation",
-        f"Validation accuracy over {epochs(len(rows))}; it ends at {percent(rows[-1]['val_accuracy'])}",
+        f"Validation accuracy over {in_epochs(len(rows))}; it ends at {percent(rows[-1]['val_accuracy'])}",
         ("epoch", "accuracy", "balanced"),
         [(row["epoch"], percent(row["val_accuracy"]), percent(row["val_balanced_accuracy"])) for row in rows],
     )
