@@ -42,7 +42,11 @@ def test_the_table_is_timms_family():
     assert set(TIMM) == family
 
 
-@pytest.mark.parametrize("name", TIMM)
+# Of 160 million parameters and more, which take a tenth of the suite and no kind of layer of their own: at 224 alone.
+GIANTS = ("resnext101_32x16d", "resnext101_32x32d", "resnetrs350", "resnetrs420")
+
+
+@pytest.mark.parametrize("name", [name for name in TIMM if name not in GIANTS])
 def test_timm_at_97(name):
     assert error_against_timm(name, 97) <= TOLERANCE
 

@@ -8,7 +8,7 @@ from isthmus import records
 from isthmus.arch.cost import By
 from isthmus.arch.plan import Plan
 from isthmus.arch.roofline import Floor, LayerTime, Limits, Precision, merged, merged_times, roofline
-from isthmus.report.tables import console, count, print_report, print_table
+from isthmus.report.tables import console, print_report, print_table
 
 if TYPE_CHECKING:
     from isthmus.deploy.profile import Profile
@@ -109,19 +109,14 @@ def floor_values(floor: Floor) -> dict[str, Any]:
 
 def print_roofline(found: Roofline, by: By) -> None:
     """The rows, the total and what it means in pictures a second."""
-    times, kind = merged_times(found.times, by), by == "layer"
-    lines = [line(each, kind=kind) for each in (times or merged(found.floors, by))]
+    times = merged_times(found.times, by)
     batch = "1 picture" if found.batch == 1 else f"{found.batch} pictures"
     threads = "1 thread" if found.limits.threads == 1 else f"{found.limits.threads} threads"
+    moved, measured = ("MB", "FLOP/byte"), ("measured", "of limit")
     print_table(
-        f"Roofline: {batch} in {found.precision}, {threads} of {found.limits.machine}",
-        (
-            by,
-            *(("kind",) if kind else ()),
-            *("FLOP", "MB", "FLOP/byte", "floor ms", "binds", "expected ms"),
-            *(("measured ms", "of limit") if times else ()),
-        ),
-        lines,
+        f"Roofline: {batch} in {found.precision}, {threads} of {found.limits.machine}; times in ms",
+        (by, *(() if times else moved), "floor", "binds", "expected", *(measured if times else ())),
+        [line(each) for each in (times or merged(found.floors, by))],
     )
     rate = found.batch / found.seconds
     console.print(f"  floor {1e3 * found.seconds:.2f} ms: at most {rate:.1f} pictures/s", markup=False)
@@ -137,15 +132,14 @@ def print_roofline(found: Roofline, by: By) -> None:
     print_report(NOTE)
 
 
-def line(row: Floor | LayerTime, *, kind: bool) -> list[str]:
-    """A row of the table."""
-    floor = row if isinstance(row, Floor) else row.floor
-    parts = [row.name, row.kind] if kind else [row.name]
-    if floor:
-        parts += [count(floor.operations), f"{floor.bytes / 1e6:.2f}", f"{floor.intensity:.1f}"]
-        parts += [f"{1e3 * floor.seconds:.3f}", floor.binds, f"{1e3 * floor.expected:.3f}"]
-    else:
-        parts += ["–"] * 6
-    if isinstance(row, LayerTime):
-        parts += [f"{1e3 * row.seconds:.3f}", "–" if row.share is None else f"{row.share:.2f}"]
-    return parts
+def line(row: Floor | LayerTime) -> list[str]:
+    """A row of the table: of a floor alone what it moves, of a measured layer how long it took."""
+    if isinstance(row, Floor):
+        return [row.name, f"{row.bytes / 1e6:.2f}", f"{row.intensity:.1f}", *times_of(row)]
+    share = "–" if row.share is None else f"{row.share:.2f}"
+    return [row.name, *(times_of(row.floor) if row.floor else ["–"] * 3), f"{1e3 * row.seconds:.3f}", share]
+
+
+def times_of(floor: Floor) -> list[str]:
+    """What is known before anything runs."""
+    return [f"{1e3 * floor.seconds:.3f}", floor.binds, f"{1e3 * floor.expected:.3f}"]
