@@ -142,6 +142,17 @@ def test_few_mistakes_and_none():
     assert "mistakes" not in right.to_dict()
 
 
+def test_classes_that_share_a_name_are_told_apart():
+    tally = Tally(("crane", "wheel", "crane"))
+    tally.add(torch.tensor([[0.0, 0.0, 9.0], [9.0, 0.0, 1.0]]), torch.tensor([1, 2]), torch.arange(2))
+    again = Tally.from_dict(json.loads(json.dumps(tally.to_dict())))
+    for each in (tally, again, Tally(tally.classes) + again):
+        assert [(row.label, row.predicted, row.places) for row in each.mistakes] == [
+            ("wheel", "crane", (1, 2)),
+            ("crane", "crane", (2, 0)),
+        ]
+
+
 def test_scores_come_back():
     logits, labels, names = made(200, 6)
     tally = Tally(names, str)

@@ -117,6 +117,20 @@ def test_mistakes_are_shown_with_what_speaks_for_the_class(runs):
         assert (image.format, image.size) == ("JPEG", (32, 32))
 
 
+def test_heat_maps_are_of_the_class_that_was_said(runs, tmp_path, monkeypatch):
+    """By its place, for classes may share a name."""
+    asked = []
+    monkeypatch.setattr("isthmus.report.write.heat_maps", lambda _, x, classes: asked.extend(classes) or x[:, 0] * 0)
+    out = tmp_path / "report.html"
+    write_report(runs[TUNED], out)
+    mistakes = json.loads(out.with_suffix(".json").read_text())["mistakes"]
+    classes = isthmus.load(runs[TUNED]).classes
+    assert [classes[place] for place in asked] == [row["predicted"] for row in mistakes]
+    assert [[classes[place] for place in row["places"]] for row in mistakes] == [
+        [row["label"], row["predicted"]] for row in mistakes
+    ]
+
+
 def test_names_are_text(runs):
     for name in (PROBE, TUNED):
         page = Page(runs[name] / "report.html")

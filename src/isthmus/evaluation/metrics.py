@@ -166,6 +166,7 @@ class Tally:
                 name=self.name_of(index) if self.name_of else "",
                 label=self.classes[label],
                 predicted=self.classes[guess],
+                places=(label, guess),
                 confidence=confidence,
             )
             for confidence, (index, label, guess) in zip(*map(Tensor.tolist, self._mistakes), strict=True)
@@ -186,15 +187,13 @@ class Tally:
         """The tally that gave these scores; raises KeyError, TypeError or ValueError for others."""
         names = {int(row["index"]): str(row.get("name", "")) for row in scores.get("mistakes", ())}
         tally = cls(tuple(str(row["name"]) for row in scores["per_class"]), lambda index: names.get(index, ""))
-        count, places = len(tally.classes), {name: place for place, name in enumerate(tally.classes)}
+        count = len(tally.classes)
         tally._counts = torch.tensor(scores["confusion"], dtype=torch.int64).reshape(count**2)
         tally._loss = torch.tensor(scores["loss"] * tally.seen, dtype=torch.float64)
         tally._top5 = torch.tensor(round(scores.get("top5", 0) * tally.seen))
         if "calibration" in scores:
             tally._bins = Calibration.from_dict(scores["calibration"]).sums()
-        rows = [
-            (int(row["index"]), places[row["label"]], places[row["predicted"]]) for row in scores.get("mistakes", ())
-        ]
+        rows = [(int(row["index"]), *map(int, row["places"])) for row in scores.get("mistakes", ())]
         tally._mistakes = Mistakes(
             torch.tensor([float(row["confidence"]) for row in scores.get("mistakes", ())]),
             torch.tensor(rows, dtype=torch.int64).reshape(len(rows), 3),

@@ -13,12 +13,16 @@ KEPT = 12
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mistake:
-    """A picture under a wrong class: its place among the pictures, and its name where they were at hand."""
+    """A picture under a wrong class: its place among the pictures, and its name where they were at hand.
+
+    `places` are those of `label` and `predicted` among the classes, of which several may share a name.
+    """
 
     index: int
     name: str
     label: str
     predicted: str
+    places: tuple[int, int]
     confidence: float
 
 

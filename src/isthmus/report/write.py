@@ -119,7 +119,7 @@ def mistake_images(net: ResNet, rows: Sequence[Mapping[str, Any]], pictures: Pic
     loader = Loader(pictures=chosen, record=net.preprocess, batch_size=len(rows), train=False, on_error="skip")
     for batch in loader.epoch(0):
         seen = [rows[place] for place in batch.indices.tolist()]
-        targets = torch.tensor([net.classes.index(row["predicted"]) for row in seen])
+        targets = torch.tensor([row["places"][1] for row in seen])
         heats = heat_maps(net, normalise(batch.images, net.preprocess), targets)
         for row, image, heat in zip(seen, batch.images, heats, strict=True):
             pixels = image.permute(1, 2, 0).numpy()
