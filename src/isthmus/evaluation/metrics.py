@@ -210,7 +210,7 @@ class Tally:
             **({} if five is None else {"top5": five}),
             "balanced_accuracy": self.balanced_accuracy,
             **({} if calibration is None else {"calibration": calibration.to_dict()}),
-            **({"mistakes": [asdict(row) for row in mistakes]} if mistakes else {}),
+            **({"mistakes": [asdict(row) | {"places": list(row.places)} for row in mistakes]} if mistakes else {}),
             "per_class": [asdict(row) for row in self.per_class()],
             "confusion": self.confusion.tolist(),
         }
