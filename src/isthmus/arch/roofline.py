@@ -195,12 +195,12 @@ def seconds_of_moves(layers: Sequence[OwnLayer], limits: Limits, item: int, batc
 
     found = []
     for place, layer in enumerate(layers, 1):
-        sizes = [(move.map, item * batch * move.numbers) for move in layer.moves]
-        seconds = sum(size / limits.rate(since(which, size)) for which, size in sizes[:-1])
-        weights = item * layer.params
-        used[-place] = weights
-        seconds += weights / limits.rate(everything)
-        found.append(seconds + sum(size / limits.rate(since(which, size)) for which, size in sizes[-1:]))
+        *reads, write = [(move.map, item * batch * move.numbers) for move in layer.moves]
+        seconds = sum(size / limits.rate(since(which, size)) for which, size in reads)
+        used[-place] = item * layer.params
+        seconds += used[-place] / limits.rate(everything)
+        which, size = write
+        found.append(seconds + size / limits.rate(since(which, size)))
     return found
 
 
@@ -208,11 +208,9 @@ def joined(floors: tuple[Floor, ...]) -> Floor:
     """The floor of layers that are computed as one: together at least all operations, and the bytes of any one."""
     if len(floors) == 1:
         return floors[0]
-    arithmetic, memory = sum(each.arithmetic for each in floors), max(each.memory for each in floors)
-    first = floors[0]
-    return total(" + ".join(each.name for each in floors), first.kind, floors)._replace(
-        block=first.block, memory=memory, seconds=max(arithmetic, memory)
-    )
+    both = total(" + ".join(each.name for each in floors), floors[0].kind, floors)
+    memory = max(each.memory for each in floors)
+    return both._replace(block=floors[0].block, memory=memory, seconds=max(both.arithmetic, memory))
 
 
 def total(name: str, kind: str, floors: Iterable[Floor]) -> Floor:
